@@ -1,0 +1,35 @@
+"""The ops: one contract each, written once in the docstring of its function; several implementations."""
+
+from ._backend import (
+    Implementation,
+    backends,
+    cpu_isa,
+    cpu_isas,
+    get_backend,
+    load_compiled,
+    set_backend,
+    set_cpu_isa,
+)
+from .decorrelation import decorrelation
+from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
+from .masked_weights import masked_weights
+from .weight_mask import weight_mask
+
+load_compiled()
+
+__all__ = [
+    "Implementation",
+    "backends",
+    "cpu_isa",
+    "cpu_isas",
+    "decorrelation",
+    "filter_mask",
+    "filter_norms",
+    "get_backend",
+    "kth_threshold",
+    "masked_weights",
+    "set_backend",
+    "set_cpu_isa",
+    "update_filter_masks_",
+    "weight_mask",
+]

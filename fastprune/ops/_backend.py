@@ -1,0 +1,130 @@
+"""Which implementation serves each op: chosen here and nowhere else.
+
+The dispatcher holds the choice. Every op's reference is registered for all devices; the compiled modules register
+theirs for their device when loaded and so take precedence. Forcing the reference registers it once more, on top.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BACKENDS = ("auto", "reference", "cpp", "triton")
+_DEVICES = {"_cpu": "CPU", "_cuda": "CUDA"}
+
+_library = torch.library.Library("fastprune", "DEF")
+_override: torch.library.Library | None = None
+_references: dict[str, Callable[..., Any]] = {}
+_modules: dict[str, ModuleType] = {}
+_absent: dict[str, str] = {}
+_forced = "auto"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What serves an op on a device, and why."""
+
+    op: str
+    device: str
+    implementation: str
+    why: str
+
+
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any] | None = None) -> None:
+    """Register the op ``fastprune::<schema>`` with its reference for every device and its fake."""
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastprune::{name}", fake or reference, lib=_library)
+    _references[name] = reference
+
+
+def load_compiled() -> None:
+    """Load the extension modules that were built: ``_cuda`` only where torch itself has CUDA."""
+    for name in _DEVICES:
+        if importlib.util.find_spec(f"fastprune.{name}") is None:
+            _absent[name] = f"fastprune.{name} was not built"
+        elif name == "_cuda" and torch.version.cuda is None:
+            _absent[name] = "this torch has no CUDA"
+        else:
+            _modules[name] = importlib.import_module(f"fastprune.{name}")
+    set_backend(os.environ.get("FASTPRUNE_BACKEND", "auto"))
+
+
+def set_backend(name: str) -> None:
+    """Choose the implementation of all ops: ``auto`` (the fastest there is), ``reference``, ``cpp`` or ``triton``.
+
+    The environment variable ``FASTPRUNE_BACKEND`` sets the same at import. A compiled function made by
+    ``torch.compile`` follows the choice too: the ops are opaque to it.
+
+    Raises:
+        ValueError: if the name is unknown.
+        RuntimeError: if that implementation is not there; the message says why.
+    """
+    global _override, _forced
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
+    if name == "cpp" and not _modules:
+        raise RuntimeError(f"backend 'cpp' is not there: {'; '.join(_absent.values())}")
+    if name == "triton":
+        raise RuntimeError("backend 'triton' is not there: this version has no Triton kernels")
+    if _override is not None:
+        _override._destroy()
+        _override = None
+    if name == "reference":
+        _override = torch.library.Library("fastprune", "IMPL")
+        for op, reference in _references.items():
+            for key in _DEVICES.values():
+                if _compiled(op, key):
+                    _override.impl(op, reference, key, allow_override=True)
+    _forced = name
+
+
+def get_backend() -> str:
+    """The name given to ``set_backend``, ``auto`` at first."""
+    return _forced
+
+
+def backends() -> list[Implementation]:
+    """What serves every op on every device, and why."""
+    table = []
+    for op in sorted(_references):
+        for module, key in _DEVICES.items():
+            if _forced == "reference":
+                choice = ("reference", "forced")
+            elif _compiled(op, key):
+                choice = (module.removeprefix("_"), f"compiled; {cpu_isa()}" if module == "_cpu" else "compiled")
+            else:
+                choice = ("reference", _absent.get(module, f"fastprune.{module} has no {op} yet"))
+            table.append(Implementation(op, key.lower(), *choice))
+    return table
+
+
+def _compiled(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastprune::{op}", key)
+
+
+def cpu_isa() -> str:
+    """The instruction set the compiled CPU ops use: ``generic``, ``avx2`` or ``avx512``; ``none`` without them."""
+    return _modules["_cpu"].isa() if "_cpu" in _modules else "none"
+
+
+def cpu_isas() -> tuple[str, ...]:
+    """The instruction sets that this build and this CPU have, slowest first."""
+    return tuple(_modules["_cpu"].supported_isas()) if "_cpu" in _modules else ()
+
+
+def set_cpu_isa(name: str) -> None:
+    """Choose the instruction set of the compiled CPU ops (at import: ``FASTPRUNE_CPU_ISA``; the best one there is).
+
+    Raises:
+        ValueError: if this build or this CPU does not have it.
+    """
+    if name not in cpu_isas():
+        raise ValueError(f"CPU instruction set must be one of {', '.join(cpu_isas()) or '(none)'}; got {name!r}")
+    _modules["_cpu"].set_isa(name)

@@ -1,0 +1,67 @@
+"""What every op asks of its inputs: used by the references and the fakes; ``csrc/check.h`` says the same in C++."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def is_filter_major(weight: Tensor) -> bool:
+    """Whether each filter ``weight[f]`` is one dense run of K elements (contiguous and channels_last both are)."""
+    runs = sorted((stride, size) for size, stride in zip(weight.shape[1:], weight.stride()[1:]) if size > 1)
+    expected = 1
+    for stride, size in runs:
+        if stride != expected:
+            return False
+        expected *= size
+    return weight.shape[0] <= 1 or weight.stride(0) == expected
+
+
+def check_weights(op: str, weights: Sequence[Tensor]) -> None:
+    """Raise unless all weights are non-empty, filter-major, on one device and of one supported dtype."""
+    for i, weight in enumerate(weights):
+        if weight.dtype not in DTYPES or weight.dtype != weights[0].dtype:
+            raise RuntimeError(
+                f"{op}: weights must share one dtype of float32, float64, bfloat16, float16; "
+                f"weights[{i}] has {str(weight.dtype).removeprefix('torch.')}"
+            )
+        if weight.device != weights[0].device:
+            raise RuntimeError(f"{op}: weights must be on one device; weights[{i}] is on {weight.device}")
+        if weight.dim() < 2 or weight.numel() == 0:
+            raise RuntimeError(
+                f"{op}: weights[{i}] must be [filters, ...] with at least one filter and element, got {list(weight.shape)}"
+            )
+        if not is_filter_major(weight):
+            raise RuntimeError(
+                f"{op}: weights[{i}] must be contiguous or channels_last (each filter one dense run), "
+                f"got strides {list(weight.stride())}"
+            )
+
+
+def count_filters(weights: Sequence[Tensor]) -> int:
+    """N, the number of filters of all layers."""
+    return sum(weight.shape[0] for weight in weights)
+
+
+def check_filter_vector(op: str, name: str, vector: Tensor, weights: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """Raise unless ``vector`` is a contiguous [N] tensor of ``dtype`` for the filters of ``weights``."""
+    n = count_filters(weights)
+    if vector.dtype != dtype or vector.shape != (n,) or not vector.is_contiguous():
+        raise RuntimeError(
+            f"{op}: {name} must be a contiguous {str(dtype).removeprefix('torch.')} tensor of shape [{n}] (one entry per filter), "
+            f"got {str(vector.dtype).removeprefix('torch.')} {list(vector.shape)}"
+        )
+
+
+def check_rate(op: str, rate: float) -> None:
+    """Raise unless ``0 <= rate < 1``."""
+    if not 0 <= rate < 1:
+        raise RuntimeError(f"{op}: rate must be in [0, 1), got {rate:g}")
+
+
+def check_ord(op: str, ord: int) -> None:
+    """Raise unless ``ord`` is 1 or 2."""
+    if ord not in (1, 2):
+        raise RuntimeError(f"{op}: ord must be 1 (mean |w|) or 2 (mean w^2), got {ord}")
