@@ -16,7 +16,7 @@ from setuptools import setup
 # Both modules use only LibTorch's stable ABI and Python's limited API: one wheel serves every later torch and Python.
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
 PYTHON_TARGET = "0x030A0000"  # Python 3.10
-PACKAGES = ["fastprune", "fastprune.data", "fastprune.models", "fastprune.ops", "fastprune.kernels"]
+PACKAGES = ["fastprune", "fastprune.models", "fastprune.ops", "fastprune.kernels"]
 
 
 def flag(name):
@@ -49,8 +49,8 @@ def extensions():
 
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
     # GCC notes that its 64-byte vectors change the calling convention; ours never cross a function that is not inlined.
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unknown-pragmas"]
-    headers = glob("csrc/*.h") + glob("csrc/c*/*.h") + glob("csrc/cuda/*.cuh")
+    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-fopenmp-simd", "-ffp-contract=fast"]
+    headers = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inl") + glob("csrc/cuda/*.cuh")
     modules = [
         CppExtension(
             "fastprune._cpu",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from . import reference
 from ._backend import define
+from .checks import is_filter_major
 
 
 def _fake(weights: Sequence[Tensor], mask: Tensor, dtype: torch.dtype, feedback: Tensor | None) -> list[Tensor]:
@@ -29,7 +30,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     mask, feedback = ctx.saved_tensors
     # Gradients may arrive in any layout (a convolution's backward chooses); the op wants filter-major ones.
-    grads = [grad if reference.is_filter_major(grad) else grad.contiguous() for grad in grads]
+    grads = [grad if is_filter_major(grad) else grad.contiguous() for grad in grads]
     return torch.ops.fastprune.masked_weights_backward(grads, mask, ctx.dtype, feedback), None, None, None
 
 

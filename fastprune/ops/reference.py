@@ -104,7 +104,7 @@ def weight_mask(weights: Sequence[Tensor], rate: float, importance: str, grads: 
             raise RuntimeError(f"weight_mask: weights[{i}] has a NaN or Inf: its importances are not finite")
     every = torch.cat([score.flatten() for score in scores])
     threshold = every.sort().values[int(every.numel() * rate)]
-    return [(score > threshold).contiguous(memory_format=torch.preserve_format) for score in scores]
+    return [score > threshold for score in scores]
 
 
 # ---------------------------------------------------------------------------------------------- masked_weights

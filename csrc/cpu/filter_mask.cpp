@@ -1,0 +1,114 @@
+// filter_norms, kth_threshold, filter_mask, update_filter_masks_: contracts in fastprune/ops/filter_mask.py.
+#ifdef FASTPRUNE_ISA
+
+#include "simd.inl"
+
+namespace fastprune::FASTPRUNE_ISA {
+
+// scores[f] = mean |w| or mean w² of each of `filters` runs of `size` elements.
+template <class T>
+void score_filters(const T* weight, int64_t filters, int64_t size, int64_t ord, float* scores) {
+  for (int64_t f = 0; f < filters; ++f, weight += size) {
+    const double sum = ord == 1 ? sum_of(weight, size, [](auto x) { return absolute<double>(x); })
+                                : sum_of(weight, size, [](auto x) { return x * x; });
+    scores[f] = static_cast<float>(sum / static_cast<double>(size));
+  }
+}
+
+}  // namespace fastprune::FASTPRUNE_ISA
+
+#else
+
+#include "host.h"
+
+#define FASTPRUNE_FILE "filter_mask.cpp"
+#include "for_each_isa.h"
+
+namespace fastprune {
+namespace {
+
+void score(const char* op, const std::vector<Tensor>& weights, const std::vector<Layer>& layers, int64_t ord,
+           float* scores) {
+  check_ord(op, ord);
+  if (layers.empty()) return;
+  visit_dtype(weights[0].scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    for_filters(layers, [&](size_t i, int64_t begin, int64_t end) {
+      const Layer& layer = layers[i];
+      const T* first = static_cast<const T*>(layer.data) + begin * layer.size;
+      FASTPRUNE_DISPATCH(score_filters, first, end - begin, layer.size, ord, scores + layer.first + begin);
+    });
+  });
+  for (size_t i = 0; i < layers.size(); ++i)
+    for (int64_t f = 0; f < layers[i].filters; ++f)
+      if (!std::isfinite(scores[layers[i].first + f]))
+        fail(op, ": weights[", i, "] has a NaN or Inf: its filter norms are not finite");
+}
+
+// sort(scores)[k], by selection in a scratch copy that is kept for the next call.
+float select(const float* scores, int64_t n, int64_t k) {
+  thread_local std::vector<float> scratch;
+  scratch.assign(scores, scores + n);
+  std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end());
+  return scratch[k];
+}
+
+void write_mask(const char* op, const std::vector<Tensor>& weights, const std::vector<Layer>& layers,
+                double rate, int64_t ord, bool* mask) {
+  thread_local std::vector<float> scores;
+  const int64_t n = count_filters(layers);
+  scores.resize(n);
+  score(op, weights, layers, ord, scores.data());
+  if (n == 0) return;
+  const float threshold = select(scores.data(), n, static_cast<int64_t>(static_cast<double>(n) * rate));
+  for (int64_t f = 0; f < n; ++f) mask[f] = scores[f] > threshold;
+}
+
+Tensor filter_norms(std::vector<Tensor> weights, int64_t ord) {
+  const auto layers = check_weights("filter_norms", weights);
+  Tensor scores = torch::stable::new_empty(weights[0], {count_filters(layers)}, ScalarType::Float);
+  score("filter_norms", weights, layers, ord, static_cast<float*>(scores.mutable_data_ptr()));
+  return scores;
+}
+
+Tensor kth_threshold(Tensor scores, int64_t k) {
+  if (scores.dim() != 1 || scores.scalar_type() != ScalarType::Float || !scores.is_contiguous())
+    fail("kth_threshold: scores must be a contiguous float32 vector, got ", dtype_name(scores.scalar_type()),
+         " ", list(scores.sizes()));
+  const int64_t n = scores.numel();
+  if (k < 0 || k >= n) fail("kth_threshold: k must be in [0, ", n, "), got ", k);
+  const float* values = static_cast<const float*>(scores.const_data_ptr());
+  if (std::any_of(values, values + n, [](float x) { return std::isnan(x); }))
+    fail("kth_threshold: scores have a NaN");
+  Tensor threshold = torch::stable::new_empty(scores, {});
+  *static_cast<float*>(threshold.mutable_data_ptr()) = select(values, n, k);
+  return threshold;
+}
+
+Tensor filter_mask(std::vector<Tensor> weights, double rate, int64_t ord) {
+  check_rate("filter_mask", rate);
+  const auto layers = check_weights("filter_mask", weights);
+  Tensor mask = torch::stable::new_empty(weights[0], {count_filters(layers)}, ScalarType::Bool);
+  write_mask("filter_mask", weights, layers, rate, ord, static_cast<bool*>(mask.mutable_data_ptr()));
+  return mask;
+}
+
+void update_filter_masks_(std::vector<Tensor> weights, double rate, int64_t ord, Tensor mask) {
+  check_rate("update_filter_masks_", rate);
+  const auto layers = check_weights("update_filter_masks_", weights);
+  check_filter_vector("update_filter_masks_", "mask", mask, count_filters(layers), ScalarType::Bool);
+  write_mask("update_filter_masks_", weights, layers, rate, ord, static_cast<bool*>(mask.mutable_data_ptr()));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, library) {
+  library.impl("filter_norms", TORCH_BOX(&filter_norms));
+  library.impl("kth_threshold", TORCH_BOX(&kth_threshold));
+  library.impl("filter_mask", TORCH_BOX(&filter_mask));
+  library.impl("update_filter_masks_", TORCH_BOX(&update_filter_masks_));
+}
+
+}  // namespace fastprune
+
+#endif

@@ -1,0 +1,89 @@
+// masked_weights and its backward: contracts in fastprune/ops/masked_weights.py.
+#ifdef FASTPRUNE_ISA
+
+namespace fastprune::FASTPRUNE_ISA {
+
+// out[k] = scale · in[k], rounded once to Out.
+template <class Out, class In>
+void scale_row(const In* in, int64_t size, float scale, Out* out) {
+  using A = std::conditional_t<std::is_same_v<In, double>, double, float>;
+  for (int64_t k = 0; k < size; ++k)
+    out[k] = static_cast<Out>(static_cast<std::conditional_t<std::is_same_v<Out, double>, double, float>>(
+        static_cast<A>(in[k]) * static_cast<A>(scale)));
+}
+
+}  // namespace fastprune::FASTPRUNE_ISA
+
+#else
+
+#include "host.h"
+
+#define FASTPRUNE_FILE "masked_weights.cpp"
+#include "for_each_isa.h"
+
+namespace fastprune {
+namespace {
+
+// Every filter of `inputs` times scale(filter) in `dtype`; where the scale is 0, zeros without reading the
+// filter.
+template <class Scale>
+std::vector<Tensor> scale_filters(const std::vector<Tensor>& inputs, const std::vector<Layer>& layers,
+                                  ScalarType dtype, const Scale& scale) {
+  std::vector<Tensor> outputs;
+  outputs.reserve(inputs.size());
+  for (const Tensor& input : inputs) outputs.push_back(empty_like(input, dtype));
+  visit_dtype(inputs[0].scalar_type(), [&](auto in_type) {
+    visit_dtype(dtype, [&](auto out_type) {
+      using In = typename decltype(in_type)::type;
+      using Out = typename decltype(out_type)::type;
+      for_filters(layers, [&](size_t i, int64_t begin, int64_t end) {
+        const Layer& layer = layers[i];
+        const In* in = static_cast<const In*>(layer.data);
+        Out* out = static_cast<Out*>(outputs[i].mutable_data_ptr());
+        for (int64_t f = begin; f < end; ++f) {
+          Out* row = out + f * layer.size;
+          const float factor = scale(layer.first + f);
+          if (factor == 0)
+            std::memset(static_cast<void*>(row), 0, layer.size * sizeof(Out));
+          else
+            FASTPRUNE_DISPATCH(scale_row, in + f * layer.size, layer.size, factor, row);
+        }
+      });
+    });
+  });
+  return outputs;
+}
+
+const bool* check_arguments(const char* op, const std::vector<Layer>& layers, const Tensor& mask,
+                            const std::optional<Tensor>& feedback) {
+  check_filter_vector(op, "mask", mask, count_filters(layers), ScalarType::Bool);
+  if (feedback) check_filter_vector(op, "feedback", *feedback, count_filters(layers), ScalarType::Float);
+  return static_cast<const bool*>(mask.const_data_ptr());
+}
+
+std::vector<Tensor> masked_weights(std::vector<Tensor> weights, Tensor mask, ScalarType dtype,
+                                   std::optional<Tensor> feedback) {
+  const auto layers = check_weights("masked_weights", weights);
+  const bool* kept = check_arguments("masked_weights", layers, mask, feedback);
+  return scale_filters(weights, layers, dtype, [&](int64_t f) { return kept[f] ? 1.0f : 0.0f; });
+}
+
+std::vector<Tensor> masked_weights_backward(std::vector<Tensor> grads, Tensor mask, ScalarType dtype,
+                                            std::optional<Tensor> feedback) {
+  const auto layers = check_weights("masked_weights_backward", grads);
+  const bool* kept = check_arguments("masked_weights_backward", layers, mask, feedback);
+  const float* factors = feedback ? static_cast<const float*>(feedback->const_data_ptr()) : nullptr;
+  return scale_filters(grads, layers, dtype,
+                       [&](int64_t f) { return kept[f] || !factors ? 1.0f : factors[f]; });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CPU, library) {
+  library.impl("masked_weights", TORCH_BOX(&masked_weights));
+  library.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
+}
+
+}  // namespace fastprune
+
+#endif
