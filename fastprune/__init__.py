@@ -1,7 +1,19 @@
 """fastprune: dynamic filter pruning with decorrelation regularisation."""
 
 from . import ops
+from .decorrelation import Decorrelation
+from .nn import MaskedConv2d
 from .ops import backends, set_backend
+from .pruner import FilterPruner, WeightPruner
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backends", "ops", "set_backend"]
+__all__ = [
+    "Decorrelation",
+    "FilterPruner",
+    "MaskedConv2d",
+    "WeightPruner",
+    "__version__",
+    "backends",
+    "ops",
+    "set_backend",
+]

@@ -13,11 +13,13 @@ from ._backend import (
 from .decorrelation import decorrelation
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
 from .masked_weights import masked_weights
+from .reference import DECORRELATION_KINDS
 from .weight_mask import weight_mask
 
 load_compiled()
 
 __all__ = [
+    "DECORRELATION_KINDS",
     "Implementation",
     "backends",
     "cpu_isa",

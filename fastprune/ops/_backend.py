@@ -98,7 +98,10 @@ def backends() -> list[Implementation]:
             if _forced == "reference":
                 choice = ("reference", "forced")
             elif _compiled(op, key):
-                choice = (module.removeprefix("_"), f"compiled; {cpu_isa()}" if module == "_cpu" else "compiled")
+                choice = (
+                    module.removeprefix("_"),
+                    f"compiled; {cpu_isa()}" if module == "_cpu" else "compiled",
+                )
             else:
                 choice = ("reference", _absent.get(module, f"fastprune.{module} has no {op} yet"))
             table.append(Implementation(op, key.lower(), *choice))

@@ -31,7 +31,8 @@ def check_weights(op: str, weights: Sequence[Tensor]) -> None:
             raise RuntimeError(f"{op}: weights must be on one device; weights[{i}] is on {weight.device}")
         if weight.dim() < 2 or weight.numel() == 0:
             raise RuntimeError(
-                f"{op}: weights[{i}] must be [filters, ...] with at least one filter and element, got {list(weight.shape)}"
+                f"{op}: weights[{i}] must be [filters, ...] with at least one filter and element, "
+                f"got {list(weight.shape)}"
             )
         if not is_filter_major(weight):
             raise RuntimeError(
@@ -50,8 +51,8 @@ def check_filter_vector(op: str, name: str, vector: Tensor, weights: Sequence[Te
     n = count_filters(weights)
     if vector.dtype != dtype or vector.shape != (n,) or not vector.is_contiguous():
         raise RuntimeError(
-            f"{op}: {name} must be a contiguous {str(dtype).removeprefix('torch.')} tensor of shape [{n}] (one entry per filter), "
-            f"got {str(vector.dtype).removeprefix('torch.')} {list(vector.shape)}"
+            f"{op}: {name} must be a contiguous {str(dtype).removeprefix('torch.')} tensor of shape [{n}] "
+            f"(one entry per filter), got {str(vector.dtype).removeprefix('torch.')} {list(vector.shape)}"
         )
 
 

@@ -10,9 +10,7 @@ from . import reference
 from ._backend import define
 
 
-def _fake(
-    weights: Sequence[Tensor], kind: str, include_diagonal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fake(weights: Sequence[Tensor], kind: str, include_diagonal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     reference.check_decorrelation("decorrelation", weights, kind, mask)
     penalty = weights[0].new_empty((), dtype=reference.accumulation_dtype(weights))
     return penalty, reference.coefficients_like(weights, kind)
@@ -61,25 +59,26 @@ torch.library.register_autograd("fastprune::decorrelation", _backward, setup_con
 
 
 def decorrelation(
-    weights: Sequence[Tensor], kind: str = "covariance", include_diagonal: bool = True, mask: Tensor | None = None
+    weights: Sequence[Tensor],
+    kind: str = "covariance",
+    include_diagonal: bool = True,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """A penalty on filters that resemble each other, summed over layers, with its exact gradient.
 
-    With ``W_c`` the rows of ``W.flatten(1)`` less their means, ``K`` elements each, ``φ`` the golden ratio:
+    With ``W_c`` the rows of ``W.flatten(1)`` less their means, ``K`` elements each, and ``φ`` the golden ratio:
 
-    ===================  =====================================================================================
-    ``covariance``       ``Σ_{i≤j} |C_ij|``, ``C = W_c W_cᵀ / (K − 1)``; 0 for ``K = 1``
-    ``kernel-covariance``  the same for every slice ``W[o, i]`` (``[kh, kw]``, rows as variables, divisor ``kw − 1``); 4-D
-                         weights with ``kw > 1``, others give 0
-    ``correlation``      ``‖P − diag P‖_F / n``, ``P`` the Pearson matrix of the ``n`` kept filters; a filter that is
-                         constant (``‖w_c‖ ≤ 10⁻⁶ ‖w‖``) has no correlations
-    ``orthogonality``    ``σ²``, ``σ`` the largest singular value of ``A = WᵀW − I`` by one power iteration from a fixed
-                         ``u₀[k] = frac((k + 1) φ) − 1/2``: ``‖A²u₀‖² / ‖Au₀‖²``, differentiated as it is computed
-    ===================  =====================================================================================
+    - ``covariance``: ``Σ_{i≤j} |C_ij|``, ``C = W_c W_cᵀ / (K − 1)``; 0 for ``K = 1``.
+    - ``kernel-covariance``: the same for every slice ``W[o, i]`` (``[kh, kw]``, rows as variables, divisor
+      ``kw − 1``) of 4-D weights with ``kw > 1``; others give 0.
+    - ``correlation``: ``‖P − diag P‖_F / n``, ``P`` the Pearson matrix of the ``n`` kept filters; a filter that is
+      constant (``‖w_c‖ ≤ 10⁻⁶ ‖w‖``) has no correlations.
+    - ``orthogonality``: ``σ²``, ``σ`` the largest singular value of ``A = WᵀW − I`` by one power iteration from a
+      fixed ``u₀[k] = frac((k + 1) / φ) − 1/2``: ``‖A²u₀‖² / ‖Au₀‖²``, differentiated as it is computed.
 
-    Sums are in float32 or better, two-pass, deterministic. The subgradient of ``|x|`` and of norms at 0 is 0, so degenerate
-    layers have finite gradients. A single filter has no partner: with the diagonal left out its penalty is 0, with it, its
-    variance.
+    Sums are in float32 or better, two-pass, deterministic. The subgradient of ``|x|`` and of norms at 0 is 0, so
+    degenerate layers have finite gradients. A single filter has no partner: with the diagonal left out its penalty is
+    0, with it, its variance.
 
     Args:
         weights: as for :func:`fastprune.ops.filter_norms`.
@@ -95,7 +94,8 @@ def decorrelation(
 
     Source:
         ``correlation``: Zhu, Zhou, Li, "Improving Deep Neural Network Sparsity through Decorrelation Regularization",
-        IJCAI 2018. ``orthogonality``: Bansal, Chen, Wang, "Can We Gain More from Orthogonality Regularizations", NeurIPS 2018.
+        IJCAI 2018. ``orthogonality``: Bansal, Chen, Wang, "Can We Gain More from Orthogonality Regularizations",
+        NeurIPS 2018.
     """
     if not weights:
         return torch.zeros(())

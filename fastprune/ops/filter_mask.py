@@ -45,8 +45,8 @@ def filter_norms(weights: Sequence[Tensor], ord: int = 1) -> Tensor:
     """Importance of every filter of a model.
 
     Args:
-        weights: all layers' weights ``[F, C, kh, kw]`` (or any ``[F, ...]``) in model order; one dtype (float32, float64,
-            bfloat16, float16), one device, contiguous or channels_last.
+        weights: all layers' weights ``[F, C, kh, kw]`` (or any ``[F, ...]``) in model order; one dtype (float32,
+            float64, bfloat16, float16), one device, contiguous or channels_last.
         ord: 1 for ``mean |w|``, 2 for ``mean w²``, over the ``K = C·kh·kw`` elements of a filter.
 
     Returns:

@@ -97,7 +97,7 @@ def check_weight_mask(weights: Sequence[Tensor], rate: float, importance: str, g
 def weight_mask(weights: Sequence[Tensor], rate: float, importance: str, grads: Sequence[Tensor]) -> list[Tensor]:
     """The filter rule over all single weights; bool masks shaped like the weights."""
     check_weight_mask(weights, rate, importance, grads)
-    padded = list(grads) or [None] * len(weights)
+    padded: list[Tensor | None] = [*grads] or [None] * len(weights)
     scores = [weight_scores(w, g, importance) for w, g in zip(weights, padded)]
     for i, score in enumerate(scores):
         if not score.isfinite().all():
@@ -147,14 +147,14 @@ def masked_weights_backward(
 
 # ---------------------------------------------------------------------------------------------- decorrelation
 
-KINDS = ("covariance", "kernel-covariance", "correlation", "orthogonality")
+DECORRELATION_KINDS = ("covariance", "kernel-covariance", "correlation", "orthogonality")
 
 
 def check_decorrelation(op: str, weights: Sequence[Tensor], kind: str, mask: Tensor | None) -> None:
     """Raise unless the arguments of ``decorrelation`` are right."""
     check_weights(op, weights)
-    if kind not in KINDS:
-        raise RuntimeError(f"{op}: kind must be one of {', '.join(KINDS)}; got {kind}")
+    if kind not in DECORRELATION_KINDS:
+        raise RuntimeError(f"{op}: kind must be one of {', '.join(DECORRELATION_KINDS)}; got {kind}")
     if mask is not None:
         check_filter_vector(op, "mask", mask, weights, torch.bool)
 
@@ -226,7 +226,7 @@ def kernel_covariance(weight: Tensor, kept: Tensor, include_diagonal: bool) -> t
 
 
 def start_vector(weight: Tensor) -> Tensor:
-    """The fixed start of the power iteration, [K]: the Weyl sequence frac((k + 1)·φ) − 1/2, φ the golden ratio."""
+    """The fixed start of the power iteration, [K]: the Weyl sequence frac((k + 1)/φ) − 1/2, φ the golden ratio."""
     steps = torch.arange(1, weight[0].numel() + 1, dtype=torch.float64, device=weight.device)
     return (steps * ((math.sqrt(5) - 1) / 2)).frac() - 0.5
 

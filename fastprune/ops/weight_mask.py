@@ -27,7 +27,8 @@ def weight_mask(
 ) -> list[Tensor]:
     """The single weights to keep under one global threshold.
 
-    ``t = sort(s)[int(P · rate)]`` over the importances ``s`` of all ``P`` weights of the model; kept when ``s > t``, strictly.
+    ``t = sort(s)[int(P · rate)]`` over the importances ``s`` of all ``P`` weights of the model; a weight is kept when
+    ``s > t``, strictly.
     Importances are float32 (products of float32 in float32).
 
     Args:

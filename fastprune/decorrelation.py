@@ -1,0 +1,67 @@
+"""Decorrelation regularisation: a callable term of the loss."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .nn import MaskedConv2d, is_ignored
+
+Kind = Literal["covariance", "kernel-covariance", "correlation", "orthogonality"]
+
+
+class Decorrelation:
+    """``alpha · R`` over the dense weights of all convolutions of a model: ``loss = criterion(...) + decorrelation()``.
+
+    Args:
+        model: its ``Conv2d`` weights are looked up now, and read at every call.
+        kind: see :func:`fastprune.ops.decorrelation`.
+        alpha: the factor of the penalty.
+        include_diagonal: whether the covariances count variances.
+        include_pruned: False restricts it to the filters that masks keep.
+        ignore: names or modules to leave out, as for :func:`fastprune.nn.mask_convolutions`.
+
+    Raises:
+        ValueError: for an unknown kind, a negative alpha, or a model without convolutions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: Kind = "covariance",
+        alpha: float = 1.0,
+        include_diagonal: bool = True,
+        include_pruned: bool = True,
+        ignore: Iterable[str | nn.Module] = (),
+    ) -> None:
+        if kind not in ops.DECORRELATION_KINDS:
+            raise ValueError(f"kind must be one of {', '.join(ops.DECORRELATION_KINDS)}; got {kind!r}")
+        if not alpha >= 0:
+            raise ValueError(f"alpha must not be negative, got {alpha}")
+        ignore = list(ignore)
+        self.kind, self.alpha = kind, alpha
+        self.include_diagonal, self.include_pruned = include_diagonal, include_pruned
+        self.layers = [
+            module
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Conv2d) and not is_ignored(name, module, ignore)
+        ]
+        if not self.layers:
+            raise ValueError("the model has no Conv2d to decorrelate")
+
+    def __call__(self) -> Tensor:
+        """``alpha · R``, a scalar with a gradient."""
+        return self.alpha * self.penalty()
+
+    def penalty(self) -> Tensor:
+        """``R``, a scalar with a gradient."""
+        mask = None if self.include_pruned else torch.cat([self._filter_mask(layer) for layer in self.layers])
+        return ops.decorrelation([layer.weight for layer in self.layers], self.kind, self.include_diagonal, mask)
+
+    @staticmethod
+    def _filter_mask(layer: nn.Conv2d) -> Tensor:
+        if not isinstance(layer, MaskedConv2d):
+            return torch.ones(layer.out_channels, dtype=torch.bool, device=layer.weight.device)
+        return layer.mask if layer.mask.dim() == 1 else layer.mask.flatten(1).any(1)

@@ -1,0 +1,137 @@
+"""Convolutions whose weights are masked, and how a model masks all of them in one op."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+
+
+class MaskedConv2d(nn.Conv2d):
+    """A ``Conv2d`` that convolves with ``weight ⊙ mask`` and keeps the dense ``weight`` as its parameter.
+
+    Its ``state_dict`` has Conv2d's keys and ``mask``. Made by :func:`mask_convolutions`, which turns the convolutions
+    of a model into this class in place: parameters keep their identity, so optimizers made before stay valid.
+
+    Attributes:
+        mask: bool buffer, ``[F]`` (whole filters) or the weight's shape (single weights); True is kept.
+        feedback: what multiplies the gradient that pruned filters or weights get; None means 1 (straight-through).
+            ``[F]`` float32 for a filter mask; a scalar for a weight mask.
+    """
+
+    mask: Tensor
+    feedback: Tensor | None
+    # This forward's masked weight, handed in by the model's hook; None outside of one.
+    shared_weight: Tensor | None = None
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+        weight = self.shared_weight
+        if weight is None:
+            weight = _masked([self], _compute_dtype(self.weight))[0]
+        return self._conv_forward(input, weight, self.bias)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"{super().extra_repr()}, mask={list(self.mask.shape)}"
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _masked(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor]:
+    """The masked weights of convolutions that are masked alike, all by filter (one op) or all by weight."""
+    first = convolutions[0]
+    weights: list[Tensor] = [conv.weight for conv in convolutions]
+    if first.mask.dim() == 1:
+        mask = torch.cat([conv.mask for conv in convolutions]) if len(convolutions) > 1 else first.mask
+        feedback = None
+        if first.feedback is not None:
+            # A model moved by .half() takes its float buffers along.
+            feedback = torch.cat([conv.feedback for conv in convolutions if conv.feedback is not None]).float()
+        return ops.masked_weights(weights, mask, dtype, feedback)
+    masked = []
+    for conv in convolutions:
+        weight = conv.weight
+        dropped = torch.where(conv.mask, 0, weight)
+        # What is dropped is dropped in value only; its gradient is let through by the share `feedback`.
+        gate = dropped.detach() if conv.feedback is None else _scale_gradient(dropped, conv.feedback)
+        masked.append((weight - gate).to(dtype))
+    return masked
+
+
+def _scale_gradient(dropped: Tensor, feedback: Tensor) -> Tensor:
+    """``dropped``, subtracted from the weight, leaves the share ``feedback`` of the gradient."""
+    keep = (1 - feedback).to(dropped.dtype)
+    return dropped * keep + (dropped * (1 - keep)).detach()
+
+
+def _share_masked_weights(model: nn.Module, _: Any) -> None:
+    convolutions = [module for module in model.modules() if isinstance(module, MaskedConv2d)]
+    if convolutions:
+        weights = _masked(convolutions, _compute_dtype(convolutions[0].weight))
+        for conv, weight in zip(convolutions, weights):
+            conv.shared_weight = weight
+
+
+def _forget_masked_weights(model: nn.Module, _: Any, __: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, MaskedConv2d):
+            module.shared_weight = None
+
+
+def is_ignored(name: str, module: nn.Module, ignore: Iterable[str | nn.Module]) -> bool:
+    """Whether ``ignore`` names the module, one that contains it, or holds it itself."""
+    return any(
+        module is entry or (isinstance(entry, str) and (name == entry or name.startswith(f"{entry}.")))
+        for entry in ignore
+    )
+
+
+def mask_convolutions(
+    model: nn.Module, ignore: Iterable[str | nn.Module] = (), by_weight: bool = False
+) -> dict[str, MaskedConv2d]:
+    """Turn every ``Conv2d`` of ``model`` into a :class:`MaskedConv2d` in place, with nothing pruned yet.
+
+    The model's forward masks all of them in one op. Convolutions used on their own, outside of it, mask themselves.
+
+    Args:
+        model: edited in place, this instance only.
+        ignore: names (of a convolution or of a module that contains it) or modules to leave as they are.
+        by_weight: masks of the weights' shape instead of one entry per filter.
+
+    Returns:
+        The masked convolutions by name, in model order.
+
+    Raises:
+        ValueError: if there is no convolution, or if an entry of ``ignore`` names nothing.
+        TypeError: if a convolution is of a subclass of ``Conv2d``, whose own forward would be lost.
+    """
+    ignore = list(ignore)
+    names = dict(model.named_modules())
+    for entry in ignore:
+        if (entry not in names) if isinstance(entry, str) else (entry not in names.values()):
+            raise ValueError(f"ignore: {entry!r} is no module of this model")
+    found: dict[str, MaskedConv2d] = {}
+    for name, module in names.items():
+        if not isinstance(module, nn.Conv2d) or is_ignored(name, module, ignore):
+            continue
+        if type(module) not in (nn.Conv2d, MaskedConv2d):
+            raise TypeError(
+                f"{name} is a {type(module).__name__}, a Conv2d with a forward of its own, which masking would "
+                f"replace; list it in ignore"
+            )
+        module.__class__ = MaskedConv2d
+        assert isinstance(module, MaskedConv2d)
+        shape = module.weight.shape if by_weight else module.weight.shape[:1]
+        module.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=module.weight.device))
+        module.register_buffer("feedback", None, persistent=False)
+        found[name] = module
+    if not found:
+        raise ValueError("the model has no Conv2d to mask")
+    if _share_masked_weights not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_share_masked_weights)
+        model.register_forward_hook(_forget_masked_weights, always_call=True)
+    return found
