@@ -2,21 +2,31 @@
 
 Environment:
     FASTPRUNE_NO_EXT=1      build nothing: pure Python, every op by its reference (needs no compiler)
-    FASTPRUNE_CUDA=0|1      leave out / force ``fastprune._cuda``; unset: built when nvcc and a CUDA build of torch are there
+    FASTPRUNE_CUDA=0|1      leave out / force ``fastprune._cuda``; unset: built where nvcc and torch's CUDA match
     TORCH_CUDA_ARCH_LIST    architectures of the CUDA module, as everywhere in PyTorch
     MAX_JOBS                parallel compile jobs
 """
 
 import os
-import shutil
+import re
+import subprocess
+import sys
 from glob import glob
 
-from setuptools import setup
+from setuptools import Extension, find_packages, setup
 
 # Both modules use only LibTorch's stable ABI and Python's limited API: one wheel serves every later torch and Python.
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
 PYTHON_TARGET = "0x030A0000"  # Python 3.10
-PACKAGES = ["fastprune", "fastprune.models", "fastprune.ops", "fastprune.kernels"]
+# The oldest that has bfloat16, and one whose PTX every later GPU can compile.
+CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+CXX_FLAGS = [
+    *("-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
+    # GCC notes that its 64-byte vectors change the calling convention; ours never cross a function that is not inlined.
+    *("-Wall", "-Wextra", "-Wno-psabi"),
+]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+WITHOUT = "FASTPRUNE_NO_EXT=1 installs fastprune without compiled ops (each runs its PyTorch reference)"
 
 
 def flag(name):
@@ -27,59 +37,117 @@ def flag(name):
     return None if value == "" else value == "1"
 
 
-def wants_cuda(torch_cuda):
-    """Whether to build fastprune._cuda: by the tools that are there, never by a GPU being present."""
+def find_nvcc(torch_cuda):
+    """The path of the nvcc that can build for this torch, or None and what is missing. No GPU is looked for."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    nvcc = shutil.which("nvcc") or (CUDA_HOME and os.path.exists(os.path.join(CUDA_HOME, "bin", "nvcc")))
-    forced = flag("FASTPRUNE_CUDA")
-    if forced and not (nvcc and torch_cuda):
-        raise SystemExit(
-            f"FASTPRUNE_CUDA=1 needs nvcc and a CUDA build of torch; found nvcc: {nvcc or 'no'}, torch.version.cuda: {torch_cuda}"
-        )
-    return bool(nvcc and torch_cuda) if forced is None else forced
+    if torch_cuda is None:
+        return None, "this torch was built without CUDA"
+    nvcc = os.path.join(CUDA_HOME or "", "bin", "nvcc")
+    if not os.path.isfile(nvcc):
+        return None, f"no nvcc on the PATH or in CUDA_HOME ({CUDA_HOME or 'unset'})"
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.", version)
+    if not release or release[1] != torch_cuda.split(".")[0]:
+        return None, f"{nvcc} is of CUDA {release[1] if release else '?'}, torch of {torch_cuda}"
+    return nvcc, ""
+
+
+def cuda_options(nvcc):
+    """Extra options of the CUDA module: its own runtime, static, so that importing it needs no CUDA library."""
+    # nvcc may be a wrapper far from its toolkit: its dry run names the toolkit's folders.
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    folders = re.findall(r'"-L([^"]+)"', dry_run.stderr)
+    return {"libraries": ["torch_cuda", "cudart_static", "rt", "pthread", "dl"], "library_dirs": folders}
+
+
+def extension(name, sources, macros=(), libraries=(), library_dirs=()):
+    """The extension module ``fastprune.<name>``, for torch's BuildExtension."""
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    return Extension(
+        f"fastprune.{name}",
+        ["csrc/module.cpp", *sorted(sources)],
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_TARGET),
+            ("Py_LIMITED_API", PYTHON_TARGET),
+            ("FASTPRUNE_MODULE", name),
+            *macros,
+        ],
+        include_dirs=include_paths(),
+        library_dirs=[*library_paths(), *library_dirs],
+        libraries=["torch_cpu", *libraries],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        # The headers: what setuptools looks at before it builds again, and what goes into a source distribution.
+        depends=sorted(path for kind in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True)),
+        language="c++",
+        py_limited_api=True,
+    )
 
 
 def extensions():
-    """The extension modules to build, and the command class that builds them."""
+    """The extension modules to build."""
+    import torch
+
+    modules = [extension("_cpu", glob("csrc/cpu/*.cpp"))]
+    forced = flag("FASTPRUNE_CUDA")
+    if forced is False:
+        return modules
+    nvcc, missing = find_nvcc(torch.version.cuda)
+    if nvcc:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        modules.append(extension("_cuda", glob("csrc/cuda/*.cu"), [("USE_CUDA", None)], **cuda_options(nvcc)))
+    elif forced:
+        raise SystemExit(f"FASTPRUNE_CUDA=1 needs nvcc and a torch built with the same CUDA: {missing}")
+    else:
+        print(f"fastprune: building without CUDA: {missing}", file=sys.stderr)
+    return modules
+
+
+def build_command():
+    """Torch's build_ext, with a folder of objects for each module and a failure that says what can be done."""
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildExt(BuildExtension):
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                raise SystemExit(
+                    f"fastprune: building its C++ extension failed: {error}\n"
+                    f"It needs a C++20 compiler (GCC 11 or later) and the headers of this Python. {WITHOUT}."
+                ) from error
+
+        def build_extension(self, ext):
+            # csrc/module.cpp is compiled once for each module, to objects of the same name.
+            shared = self.build_temp
+            self.build_temp = os.path.join(shared, ext.name)
+            super().build_extension(ext)
+            self.build_temp = shared
+
+    return BuildExt
+
+
+def compiled():
+    """What makes the build a compiled one: nothing at all with FASTPRUNE_NO_EXT=1, which does not even import torch."""
     if flag("FASTPRUNE_NO_EXT"):
         return {}
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-
-    macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
-    # GCC notes that its 64-byte vectors change the calling convention; ours never cross a function that is not inlined.
-    cxx = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-fopenmp-simd", "-ffp-contract=fast"]
-    headers = glob("csrc/*.h") + glob("csrc/cpu/*.h") + glob("csrc/cpu/*.inl") + glob("csrc/cuda/*.cuh")
-    modules = [
-        CppExtension(
-            "fastprune._cpu",
-            ["csrc/module.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            define_macros=[*macros, ("FASTPRUNE_MODULE", "_cpu")],
-            extra_compile_args={"cxx": cxx},
-            depends=[*headers, *glob("csrc/cpu/*.cpp")],
-            py_limited_api=True,
-        )
-    ]
-    if wants_cuda(torch.version.cuda):
-        modules.append(
-            CUDAExtension(
-                "fastprune._cuda",
-                ["csrc/module.cpp", *sorted(glob("csrc/cuda/*.cu"))],
-                define_macros=[*macros, ("FASTPRUNE_MODULE", "_cuda"), ("USE_CUDA", None)],
-                extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-lineinfo", "-std=c++20"]},
-                depends=headers,
-                py_limited_api=True,
-            )
-        )
-    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"fastprune: building needs torch (install it first, or leave out --no-build-isolation). {WITHOUT}."
+        ) from error
+    return {
+        "ext_modules": extensions(),
+        "cmdclass": {"build_ext": build_command()},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
 
 
-build = extensions()
 setup(
-    packages=PACKAGES,
+    packages=[*find_packages(include=["fastprune", "fastprune.*"]), "fastprune.kernels"],
     # kernels/ is installed as fastprune.kernels: the top-level name belongs to another project.
     package_dir={"fastprune.kernels": "kernels"},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if build else {},
-    **build,
+    **compiled(),
 )

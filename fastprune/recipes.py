@@ -1,0 +1,241 @@
+"""What a training run is made of, the presets, and the command line that chooses among them."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from . import models
+from .schedule import Schedule
+
+RecipeName = Literal["fast", "quick", "faithful", "description"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a network while pruning and decorrelating its filters, and report what came out.
+
+    Every field of the chosen recipe can be overridden by its flag.
+    """
+
+    recipe: RecipeName = "fast"
+    """Preset: fast (modern recipe, ResNet-50), quick (ResNet-20, minutes on a CPU), faithful (what the authors' code
+    ran: ResNet-56, constant learning rate), description (what their text says: ResNet-50, batch 128)."""
+    out: Path = Path("runs/latest")
+    """Folder of the run: configuration, metrics, checkpoint, plots."""
+    resume: Path | None = None
+    """Folder of a run to continue, with its configuration; other flags override it."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(models.NAMES) + "}")] = "resnet50"
+    """The network."""
+    stem: Literal["cifar", "imagenet"] = "cifar"
+    """First convolution: 3×3 without max-pool, or 7×7 of stride 2 with it (ResNet-18 to -152)."""
+
+    data: str = "auto"
+    """auto (CIFAR-10 if on disk or to be had, else embedded), cifar10, cifar100, embedded, or an image folder with
+    train/<class>/* and test|val/<class>/*."""
+    data_root: Path | None = None
+    """Where data sets are kept; $FASTPRUNE_DATA or ~/.cache/fastprune if not given."""
+    image_size: int | None = None
+    """Side of the images in pixels; their own if not given."""
+    limit_train: int | None = None
+    """Use only so many training images."""
+    limit_test: int | None = None
+    """Use only so many test images."""
+    normalize: Literal["data", "half"] = "data"
+    """Mean and deviation of the training images, or 0.5 for both."""
+    pad: int = 4
+    """Random crops after padding by so many pixels."""
+    flip: bool = True
+    """Random horizontal flips."""
+    cutout: int = 0
+    """Side of a random square set to 0, in pixels; 0 for none."""
+
+    epochs: int = 40
+    batch_size: int = 256
+    lr: float = 0.4
+    """Peak learning rate."""
+    schedule: Schedule = "one-cycle"
+    warmup_epochs: float = 1.0
+    """Linear warm-up, in epochs."""
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+
+    prune_type: Literal["structured", "unstructured", "none"] = "structured"
+    """Prune whole filters, single weights, or nothing."""
+    prune_rate: float = 0.6
+    """Share of filters (or weights) below the global threshold; 0 trains the dense network."""
+    importance: Literal["l1", "l2", "grad", "taylor"] = "l1"
+    """grad and taylor are for unstructured pruning."""
+    prune_every: int = 4
+    """Renew the masks before every so-many-th iteration of an epoch."""
+    prune_until: float = 226 / 300
+    """Share of the epochs after which the masks stay."""
+    feedback: Literal["normalized", "straight-through", "none"] = "normalized"
+    """The gradient of pruned filters: corrected for BatchNorm's amplification, as it comes, or none."""
+
+    decorrelation: Literal["none", "covariance", "kernel-covariance", "correlation", "orthogonality"] = "covariance"
+    """The regulariser."""
+    alpha: float = 0.7
+    """Its factor in the loss."""
+    include_diagonal: bool = True
+    """Whether covariances count variances."""
+    include_pruned: bool = True
+    """Whether the regulariser counts pruned filters."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    channels_last: bool = True
+    compile: bool = False
+    """Compile the model (torch.compile)."""
+    seed: int = 0
+    max_steps: int | None = None
+    """Stop after so many steps, with a checkpoint to resume from."""
+    target_accuracy: float | None = None
+    """Stop after the epoch that reaches this test top-1, in percent."""
+
+    def __post_init__(self) -> None:
+        if self.model not in models.NAMES:
+            raise ValueError(f"--model must be one of {', '.join(models.NAMES)}; got {self.model!r}")
+        positive = ("epochs", "batch_size", "lr", "prune_every", "max_steps", "limit_train", "limit_test", "image_size")
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{flag(name)} must be above 0, got {value}")
+        for name in ("warmup_epochs", "momentum", "weight_decay", "alpha", "pad", "cutout", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.prune_rate < 1:
+            raise ValueError(f"--prune-rate must be in [0, 1), got {self.prune_rate}")
+        for name in ("prune_until", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{flag(name)} must be in [0, 1], got {getattr(self, name)}")
+        if self.prune_type == "structured" and self.importance not in ("l1", "l2"):
+            raise ValueError(f"--importance {self.importance} is for --prune-type unstructured; filters take l1 or l2")
+        if self.prune_type == "unstructured" and self.feedback == "normalized":
+            # BatchNorm's amplification is of filters without variance: single weights have no such correction.
+            object.__setattr__(self, "feedback", "straight-through")
+
+    @property
+    def prunes(self) -> bool:
+        """Whether anything is pruned."""
+        return self.prune_type != "none" and self.prune_rate > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON takes them; paths as text."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def flag(name: str) -> str:
+    """A field's flag."""
+    return "--" + name.replace("_", "-")
+
+
+_FAITHFUL = Config(
+    recipe="faithful",
+    model="resnet56",
+    normalize="half",
+    flip=False,
+    epochs=300,
+    batch_size=256,
+    lr=0.2,
+    schedule="constant",
+    warmup_epochs=0,
+    nesterov=False,
+    weight_decay=1e-4,
+    label_smoothing=0,
+    feedback="straight-through",
+    decorrelation="none",
+    precision="fp32",
+    channels_last=False,
+    seed=777,
+)
+
+RECIPES: Mapping[str, Config] = {
+    "fast": Config(),
+    "quick": Config(recipe="quick", model="resnet20", epochs=6, out=Path("runs/quick")),
+    "faithful": _FAITHFUL,
+    "description": dataclasses.replace(
+        _FAITHFUL, recipe="description", model="resnet50", batch_size=128, decorrelation="covariance"
+    ),
+}
+
+# The original program's flags, and the values that are spelt otherwise here.
+_ORIGINAL_FLAGS = {
+    "--layers": "--model",
+    "--prune_imp": "--importance",
+    "--reg": "--decorrelation",
+    "--odecay": "--alpha",
+    "--wd": "--weight-decay",
+}
+_ORIGINAL_VALUES = {
+    "--decorrelation": {"reg_cov": "covariance", "reg_orth": "orthogonality", "None": "none"},
+    "--prune-type": {"None": "none"},
+    "--importance": {"L1": "l1", "L2": "l2", "syn": "taylor"},
+}
+
+
+def translate(arguments: Sequence[str]) -> list[str]:
+    """The command line with the original program's flags and values replaced by ours; the rest as it is."""
+    words = [word for argument in arguments for word in _split(argument)]
+    translated: list[str] = []
+    for word in words:
+        last = translated[-1] if translated else ""
+        if word in _ORIGINAL_FLAGS:
+            translated.append(_ORIGINAL_FLAGS[word])
+        elif last == "--model" and word.isdigit():
+            translated.append(f"resnet{word}")
+        else:
+            spelt = _ORIGINAL_VALUES.get(last.replace("_", "-"), {})
+            translated.append(spelt.get(word, word))
+    return translated
+
+
+def _split(argument: str) -> list[str]:
+    name, equals, value = argument.partition("=")
+    return [name, value] if equals and name.startswith("--") else [argument]
+
+
+def read_config(run: Path) -> Config:
+    """The configuration that a run folder was trained with.
+
+    Raises:
+        ValueError: if there is none, or it is not ours; the message names the file.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run} is not the folder of a run: it has no config.json")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))["config"]
+        for name in ("out", "resume", "data_root"):
+            values[name] = Path(values[name]) if values[name] is not None else None
+        return Config(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a run's configuration: {error}") from error
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that a command line asks for: a recipe (or a run to resume), and what overrides it.
+
+    Unknown flags and bad values end the program with a message and exit status 2, as ``--help`` does with 0.
+    """
+    words = translate(arguments)
+    resume, recipe = _value(words, "--resume"), _value(words, "--recipe")
+    try:
+        default = RECIPES.get(recipe or "fast", Config())
+        if resume is not None:
+            default = dataclasses.replace(read_config(Path(resume)), out=Path(resume), resume=Path(resume))
+        return tyro.cli(Config, args=words, default=default, prog="python -m fastprune.train")
+    except ValueError as error:
+        raise SystemExit(f"fastprune.train: error: {error}") from error
+
+
+def _value(words: Sequence[str], name: str) -> str | None:
+    positions = [i for i, word in enumerate(words[:-1]) if word == name]
+    return words[positions[-1] + 1] if positions else None
