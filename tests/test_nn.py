@@ -1,0 +1,209 @@
+"""MaskedConv2d: what it computes, what it keeps of Conv2d, and that a model masks all of them in one op."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastprune import FilterPruner, MaskedConv2d, WeightPruner, models
+from fastprune.nn import mask_convolutions
+
+
+def small_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, stride=2),
+        nn.Flatten(),
+    )
+
+
+def set_masks(model: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, MaskedConv2d):
+            module.mask.copy_(torch.rand(module.mask.shape, generator=generator) > 0.5)
+
+
+def expanded(conv: MaskedConv2d) -> Tensor:
+    return conv.mask if conv.mask.dim() > 1 else conv.mask.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_forward_convolves_with_the_masked_weight(by_weight: bool) -> None:
+    model, images = small_model(), torch.randn(4, 3, 9, 7)
+    mask_convolutions(model, by_weight=by_weight)
+    set_masks(model)
+    masked = copy.deepcopy(model)
+    for module in masked.modules():
+        if isinstance(module, MaskedConv2d):
+            with torch.no_grad():
+                module.weight *= expanded(module)
+            module.mask.fill_(True)
+    torch.testing.assert_close(model(images), masked(images))
+    # A convolution on its own masks itself.
+    torch.testing.assert_close(
+        model[0](images), functional.conv2d(images, model[0].weight * expanded(model[0]), padding=1)
+    )
+
+
+def test_the_gradient_is_straight_through() -> None:
+    model, images = small_model(), torch.randn(4, 3, 9, 9)
+    mask_convolutions(model)
+    set_masks(model)
+    model(images).square().sum().backward()
+    weight = (model[0].weight * expanded(model[0])).detach().requires_grad_()
+    hidden = functional.relu(
+        functional.batch_norm(functional.conv2d(images, weight, padding=1), None, None, training=True)
+    )
+    other = (model[3].weight * expanded(model[3])).detach().requires_grad_()
+    functional.conv2d(hidden, other, model[3].bias, stride=2).square().sum().backward()
+    torch.testing.assert_close(model[0].weight.grad, weight.grad)
+    torch.testing.assert_close(model[3].weight.grad, other.grad)
+    assert model[3].weight.grad[~model[3].mask].abs().sum() > 0, "a pruned filter must be fed back"
+
+
+@pytest.mark.parametrize("feedback", ["straight-through", "none"])
+def test_gradient_of_single_weights(feedback: str) -> None:
+    conv = nn.Sequential(nn.Conv2d(2, 3, 3))
+    WeightPruner(conv, 0.5, every=1, feedback=feedback)
+    conv[0](torch.randn(2, 2, 5, 5)).square().sum().backward()
+    pruned, grad = ~conv[0].mask, conv[0].weight.grad
+    assert pruned.any()
+    assert grad[~pruned].ne(0).all()
+    assert grad[pruned].eq(0).all() if feedback == "none" else grad[pruned].ne(0).all()
+
+
+def test_it_keeps_parameters_and_state_dict_keys() -> None:
+    model = small_model()
+    keys, parameters = list(model.state_dict()), dict(model.named_parameters())
+    layers = mask_convolutions(model)
+    assert list(layers) == ["0", "3"]
+    assert [key for key in model.state_dict() if not key.endswith("mask")] == keys
+    assert [key for key in model.state_dict() if key.endswith("mask")] == ["0.mask", "3.mask"]
+    assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
+    other = small_model()
+    mask_convolutions(other)
+    set_masks(model)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other[3].mask, model[3].mask)
+    assert not model[3].mask.all()
+
+
+def test_nothing_is_pruned_at_first() -> None:
+    model, images = small_model(), torch.randn(2, 3, 8, 8)
+    before = model(images)
+    mask_convolutions(model)
+    torch.testing.assert_close(model(images), before)
+
+
+def test_a_model_masks_all_weights_in_one_op_and_forgets_them() -> None:
+    model = models.create("resnet20")
+    FilterPruner(model, 0.3, every=1)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.profiler.profile() as profile:
+        model(images)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["fastprune::masked_weights"] == 1
+    convolutions = [m for m in model.modules() if isinstance(m, MaskedConv2d)]
+    assert len(convolutions) == 21
+    assert all(conv.shared_weight is None for conv in convolutions)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 4, 32, 32))  # also after a forward that failed
+    assert all(conv.shared_weight is None for conv in convolutions)
+
+
+def test_deepcopy_is_independent() -> None:
+    model, images = small_model().eval(), torch.randn(2, 3, 8, 8)
+    mask_convolutions(model)
+    set_masks(model)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(images), model(images), rtol=0, atol=0)
+    before = model(images)
+    twin[0].mask.fill_(False)
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+    assert not torch.equal(twin(images), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_masks_in_the_compute_dtype(dtype: torch.dtype) -> None:
+    model, images = small_model(), torch.randn(4, 3, 9, 9)
+    FilterPruner(model, 0.4, every=1)
+    with torch.profiler.profile() as profile, torch.autocast("cpu", dtype):
+        out = model(images)
+    assert out.dtype == dtype
+    casts = sum(event.count for event in profile.key_averages() if event.key == "aten::_to_copy")
+    # The weights come out of the op in the compute dtype: what is cast is the input, the bias and no weight.
+    assert casts <= 3
+    out.float().sum().backward()
+    assert model[0].weight.grad.dtype == torch.float32
+    reference = model(images)
+    torch.testing.assert_close(out.float(), reference, rtol=0.05, atol=0.05)
+
+
+def test_half_precision_models_keep_working() -> None:
+    model = small_model()
+    FilterPruner(model, 0.4, every=1)
+    model.to(torch.bfloat16)
+    model(torch.randn(4, 3, 9, 9, dtype=torch.bfloat16)).float().sum().backward()
+    assert model[0].weight.grad.dtype == torch.bfloat16
+
+
+def test_channels_last() -> None:
+    model, images = small_model().eval(), torch.randn(2, 3, 8, 8)
+    mask_convolutions(model)
+    set_masks(model)
+    before = model(images)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), before)
+
+
+def test_compiles_whole_and_once() -> None:
+    torch._dynamo.reset()
+    model = small_model()
+    pruner = FilterPruner(model, 0.7, every=1)
+    images = torch.randn(4, 3, 9, 9)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            model.zero_grad()
+            expected = model(images)
+            expected.square().sum().backward()
+            gradients = [parameter.grad.clone() for parameter in model.parameters()]
+            model.zero_grad()
+            out = compiled(images)
+            out.square().sum().backward()
+            torch.testing.assert_close(out, expected)
+            for parameter, gradient in zip(model.parameters(), gradients):
+                torch.testing.assert_close(parameter.grad, gradient)
+            with torch.no_grad():  # other filters are the least important now
+                model[0].weight.copy_(model[0].weight.roll(1, 0))
+            before = model[0].mask.clone()
+            pruner.step()  # new masks must not compile anew
+            assert not torch.equal(before, model[0].mask)
+
+
+def test_what_cannot_be_masked() -> None:
+    class Padded(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(functional.pad(input, (1, 0, 1, 0)))
+
+    with pytest.raises(TypeError, match=r"1 is a Padded.*ignore"):
+        mask_convolutions(nn.Sequential(nn.Conv2d(3, 3, 1), Padded(3, 3, 2)))
+    assert list(mask_convolutions(nn.Sequential(nn.Conv2d(3, 3, 1), Padded(3, 3, 2)), ignore=["1"])) == ["0"]
+    with pytest.raises(ValueError, match="no Conv2d"):
+        mask_convolutions(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="'layer9' is no module"):
+        mask_convolutions(small_model(), ignore=["layer9"])
+
+
+def test_ignore_takes_names_prefixes_and_modules() -> None:
+    model = models.create("resnet20")
+    layers = mask_convolutions(model, ignore=["layer1", model.conv1])
+    assert "conv1" not in layers
+    assert not any(name.startswith("layer1.") for name in layers)
+    assert len(layers) == 21 - 1 - 6

@@ -1,0 +1,236 @@
+"""FilterPruner and WeightPruner: the rule, the schedule, and the gradient that pruned filters get."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastprune import FilterPruner, WeightPruner, models
+from fastprune.pruner import following_batchnorms
+
+
+def rule(weights: list[Tensor], rate: float, power: int = 1) -> np.ndarray:
+    """method of the paper in numpy: s = mean |w|^power, t = sort(s)[int(N · rate)], kept when s > t."""
+    rows = [weight.detach().double().flatten(1).numpy() for weight in weights]
+    scores = np.concatenate([(np.abs(row) ** power).mean(1) for row in rows]).astype(np.float32)
+    return scores > np.sort(scores)[int(len(scores) * rate)]
+
+
+def masks_of(pruner: FilterPruner) -> np.ndarray:
+    return torch.cat(list(pruner.masks().values())).numpy()
+
+
+def randomise(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize(("importance", "power"), [("l1", 1), ("l2", 2)])
+def test_masks_follow_the_rule(importance: str, power: int) -> None:
+    torch.manual_seed(0)
+    model = models.create("resnet56")
+    pruner = FilterPruner(model, 0.6, importance, every=1)
+    weights = [layer.weight for layer in pruner.layers.values()]
+    for _ in range(3):
+        np.testing.assert_array_equal(masks_of(pruner), rule(weights, 0.6, power))
+        assert (~masks_of(pruner)).sum() >= int(2128 * 0.6) + 1
+        randomise(model)
+        pruner.step()
+
+
+def test_masks_change_when_they_are_due() -> None:
+    torch.manual_seed(0)
+    model = models.create("resnet20")
+    pruner = FilterPruner(model, 0.5, every=4, steps_per_epoch=6, until=14)
+    assert masks_of(pruner).all(), "nothing is pruned before the first update"
+    updated = []
+    for step in range(1, 25):  # steps finished
+        randomise(model)
+        before = masks_of(pruner)
+        if pruner.step():
+            updated.append(step)
+            np.testing.assert_array_equal(masks_of(pruner), rule([x.weight for x in pruner.layers.values()], 0.5))
+        else:
+            np.testing.assert_array_equal(masks_of(pruner), before)
+    # Before iteration i of an epoch when (i + 1) % 4 == 0: i = 3 of epochs of 6, and not from step 14 on.
+    assert updated == [3, 9]
+
+
+def test_without_epochs_the_count_goes_on() -> None:
+    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=4)
+    assert [step for step in range(1, 16) if pruner.step()] == [3, 7, 11, 15]
+
+
+def test_state_dict_continues_the_schedule() -> None:
+    def make() -> FilterPruner:
+        torch.manual_seed(0)
+        return FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=4)
+
+    first, second = make(), make()
+    for _ in range(2):
+        first.step()
+    second.load_state_dict(first.state_dict())
+    assert second.step()
+
+
+def test_a_pruned_filter_comes_back() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))
+    pruner = FilterPruner(model, 0.5, every=1)
+    lost = int((~model[0].mask).nonzero()[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images = torch.randn(4, 3, 6, 6)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (model(images)[:, lost] - 5).square().mean().backward()  # pulls at the pruned filter alone
+        optimizer.step()
+        pruner.step()
+        if model[0].mask[lost]:
+            return
+    pytest.fail("the gradient never brought the filter back")
+
+
+class Amplified(nn.Module):
+    """A convolution whose outputs are of unit variance, and a BatchNorm."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 2, 1, bias=False)
+        self.norm = nn.BatchNorm2d(2, eps=eps)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(self.conv(images))
+
+
+def gradient_ratio(feedback: str, eps: float) -> float:
+    """The gradient norm of a pruned filter over that of a live one, both asked for the same."""
+    torch.manual_seed(0)
+    model = Amplified(eps)
+    with torch.no_grad():
+        direction = torch.randn(16)
+        model.conv.weight.copy_((direction / direction.norm()).view(1, 16, 1, 1).expand(2, -1, -1, -1))
+    FilterPruner(model, 0.0, every=100, feedback=feedback)
+    model.conv.mask[1] = False
+    images, target = torch.randn(256, 16, 4, 4), torch.randn(256, 1, 4, 4)
+    (model(images) * target).mean().backward()
+    live, pruned = model.conv.weight.grad.flatten(1).norm(dim=1)
+    return float(pruned / live)
+
+
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_batchnorm_amplifies_the_feedback_and_normalized_removes_it(eps: float) -> None:
+    # A live filter's output has unit variance: BatchNorm divides its gradient by 1, a pruned one's by √ε.
+    assert gradient_ratio("straight-through", eps) == pytest.approx(eps**-0.5, rel=0.1)
+    assert gradient_ratio("normalized", eps) == pytest.approx(1, rel=0.1)
+    assert gradient_ratio("none", eps) == 0
+
+
+def test_batchnorm_is_found_by_the_graph() -> None:
+    class Crossed(nn.Module):
+        """Registered in another order than it is called."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm_of_second = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.second, self.norm_of_first = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+            self.bare = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bare(self.norm_of_second(self.second(self.norm_of_first(self.first(x)))))
+
+    model = Crossed()
+    assert following_batchnorms(model) == {"first": model.norm_of_first, "second": model.norm_of_second}
+    pruner = FilterPruner(model, 0.5)
+    scales = {name: layer.feedback.unique().tolist() for name, layer in pruner.layers.items()}
+    assert scales["first"] == pytest.approx([1e-5**0.5])
+    assert scales["bare"] == [1.0]
+
+
+def test_a_model_that_cannot_be_traced_is_read_in_order_with_a_warning() -> None:
+    class Untraceable(Amplified):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) if float(images.sum()) == float(images.sum()) else images
+
+    with pytest.warns(UserWarning, match="cannot be traced"):
+        pruner = FilterPruner(Untraceable(1e-4), 0.5)
+    assert pruner.layers["conv"].feedback.tolist() == pytest.approx([0.01, 0.01])
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_every_convolution_of_the_models_has_its_batchnorm(name: str) -> None:
+    with torch.device("meta"):
+        model = models.create(name)
+    convolutions = [key for key, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert sorted(following_batchnorms(model)) == sorted(convolutions)
+
+
+def test_kept_and_sparsity() -> None:
+    torch.manual_seed(0)
+    model = models.create("resnet56")
+    pruner = FilterPruner(model, 0.6, every=1)
+    zeros = sum(int((~layer.mask).sum()) * layer.weight[0].numel() for layer in pruner.layers.values())
+    assert pruner.sparsity() == pytest.approx(100 * zeros / 855_770)
+    assert pruner.kept() == {name: int(layer.mask.sum()) for name, layer in pruner.layers.items()}
+    assert sum(pruner.kept().values()) == masks_of(pruner).sum()
+
+
+def test_a_nan_names_its_layer() -> None:
+    model = models.create("resnet20")
+    pruner = FilterPruner(model, 0.5)
+    with torch.no_grad():
+        model.layer2[1].conv1.weight[3, 0, 0, 0] = float("nan")
+    before = masks_of(pruner)
+    with pytest.raises(RuntimeError, match=r"layer layer2\.1\.conv1: .*NaN or Inf"):
+        pruner.update()
+    np.testing.assert_array_equal(masks_of(pruner), before)
+
+
+def test_a_moved_model_is_still_pruned() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    pruner = FilterPruner(model, 0.5)
+    model.to(torch.float64)
+    pruner.update()
+    np.testing.assert_array_equal(masks_of(pruner), rule([model[0].weight], 0.5))
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2", "grad", "taylor"])
+def test_weight_pruner_follows_the_rule(importance: str) -> None:
+    torch.manual_seed(0)
+    model = models.create("resnet20")
+    pruner = WeightPruner(model, 0.7, importance, every=2)
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert pruner.step()
+    scores = []
+    for layer in pruner.layers.values():
+        w, g = layer.weight.detach(), layer.weight.grad
+        scores.append({"l1": w.abs(), "l2": w * w, "grad": g.abs(), "taylor": (w * g).abs()}[importance].flatten())
+    every = torch.cat(scores).numpy()
+    expected = every > np.sort(every)[int(len(every) * 0.7)]
+    found = torch.cat([mask.flatten() for mask in pruner.masks().values()]).numpy()
+    np.testing.assert_array_equal(found, expected)
+    zeros = (~found).sum()
+    assert pruner.sparsity() == pytest.approx(100 * zeros / sum(p.numel() for p in model.parameters()))
+
+
+def test_weight_pruner_needs_gradients_for_taylor() -> None:
+    pruner = WeightPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, "taylor")
+    with pytest.raises(RuntimeError, match=r"layer 0 has no gradient.*before zero_grad"):
+        pruner.update()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"rate": 1.0}, "rate must be in"),
+        ({"rate": -0.1}, "rate must be in"),
+        ({"rate": 0.5, "every": 0}, "every must be at least 1"),
+        ({"rate": 0.5, "steps_per_epoch": 0}, "steps_per_epoch must be at least 1"),
+        ({"rate": 0.5, "importance": "l3"}, "importance must be"),
+        ({"rate": 0.5, "feedback": "yes"}, "feedback must be"),
+    ],
+)
+def test_bad_arguments(arguments: dict, match: str) -> None:
+    for kind in (FilterPruner, WeightPruner):
+        with pytest.raises(ValueError, match=match):
+            kind(nn.Sequential(nn.Conv2d(3, 8, 3)), **arguments)
