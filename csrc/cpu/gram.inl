@@ -60,22 +60,29 @@ inline void multiply_panels(const A* left, const A* right, int64_t depth, int64_
   }
 }
 
+// The lower (Offset 0) or upper (Offset lanes / 2) halves of a and b, their elements alternating.
+template <class A, size_t Offset, size_t... I>
+inline Vector<A> zip(const Vector<A>& a, const Vector<A>& b, std::index_sequence<I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * sizeof...(I) + Offset)...);
+#else
+  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b,
+                           Vector<Index>{static_cast<Index>(I / 2 + (I % 2) * sizeof...(I) + Offset)...});
+#endif
+}
+
 // Transposes a square of vectors by log2(lanes) perfect shuffles.
 template <class A>
 inline void transpose(Vector<A>* rows) {
-  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   constexpr int64_t n = lanes<A>;
-  Vector<Index> low, high;
-  for (int64_t i = 0; i < n; ++i) {
-    low[i] = static_cast<Index>(i / 2 + (i % 2) * n);
-    high[i] = low[i] + static_cast<Index>(n / 2);
-  }
+  constexpr std::make_index_sequence<n> all;
   for (int64_t stage = 1; stage < n; stage *= 2) {
     Vector<A> shuffled[n];
 #pragma GCC unroll 8
     for (int64_t i = 0; i < n / 2; ++i) {
-      shuffled[2 * i] = __builtin_shuffle(rows[i], rows[i + n / 2], low);
-      shuffled[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + n / 2], high);
+      shuffled[2 * i] = zip<A, 0>(rows[i], rows[i + n / 2], all);
+      shuffled[2 * i + 1] = zip<A, n / 2>(rows[i], rows[i + n / 2], all);
     }
 #pragma GCC unroll 16
     for (int64_t i = 0; i < n; ++i) rows[i] = shuffled[i];
