@@ -44,15 +44,30 @@ inline const char* dtype_name(ScalarType dtype) {
       return "float16";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Byte:
+      return "uint8";
     case ScalarType::Char:
       return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     default:
       return "another dtype";
   }
+}
+
+inline bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
+         dtype == ScalarType::Half;
 }
 
 // One layer's weight: `filters` runs of `size` elements each, dense in memory, in whatever order within a
@@ -85,9 +100,7 @@ inline std::vector<Layer> check_weights(const char* op, const std::vector<Tensor
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const ScalarType dtype = weight.scalar_type();
-    const bool known = dtype == ScalarType::Float || dtype == ScalarType::Double ||
-                       dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
-    if (!known || dtype != weights[0].scalar_type())
+    if (!is_supported(dtype) || dtype != weights[0].scalar_type())
       fail(op, ": weights must share one dtype of float32, float64, bfloat16, float16; weights[", i, "] has ",
            dtype_name(dtype));
     if (weight.is_cpu() != weights[0].is_cpu() || weight.get_device_index() != weights[0].get_device_index())

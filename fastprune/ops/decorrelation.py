@@ -55,7 +55,12 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     return gradients, None, None, None
 
 
+def _no_second_derivative(ctx: Any, *grads: list[Tensor]) -> None:
+    raise RuntimeError("decorrelation has no second derivative: do not pass create_graph=True through it")
+
+
 torch.library.register_autograd("fastprune::decorrelation", _backward, setup_context=_setup)
+torch.library.register_autograd("fastprune::decorrelation_backward", _no_second_derivative)
 
 
 def decorrelation(

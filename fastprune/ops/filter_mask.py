@@ -37,6 +37,7 @@ define(
     "update_filter_masks_(Tensor[] weights, float rate, int ord, Tensor(a!) mask) -> ()",
     reference.update_filter_masks_,
     _fake_update,
+    mutated=3,
 )
 
 

@@ -12,7 +12,7 @@ from .checks import is_filter_major
 
 
 def _fake(weights: Sequence[Tensor], mask: Tensor, dtype: torch.dtype, feedback: Tensor | None) -> list[Tensor]:
-    reference.check_masked_weights("masked_weights", weights, mask, feedback)
+    reference.check_masked_weights("masked_weights", weights, mask, dtype, feedback)
     return [torch.empty_like(weight, dtype=dtype) for weight in weights]
 
 
@@ -35,6 +35,8 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastprune::masked_weights", _backward, setup_context=_setup)
+# The backward is linear in the gradients, filter by filter: it is its own backward.
+torch.library.register_autograd("fastprune::masked_weights_backward", _backward, setup_context=_setup)
 
 
 def masked_weights(
@@ -43,7 +45,7 @@ def masked_weights(
     """``W ⊙ mask`` for all layers in one call, cast to the compute dtype on the way.
 
     The gradient is straight-through: it goes to the dense ``W``, to pruned filters too, so that a filter can come back;
-    for pruned filters it is multiplied by ``feedback``.
+    for pruned filters it is multiplied by ``feedback`` (where that is 0 it is 0, whatever came).
 
     Args:
         weights: as for :func:`fastprune.ops.filter_norms`.

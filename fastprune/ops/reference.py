@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import check_filter_vector, check_ord, check_rate, check_weights
+from .checks import DTYPES, check_filter_vector, check_ord, check_rate, check_weights
 
 # A filter whose centred norm is below this share of its norm is constant up to rounding: its correlations are 0.
 CONSTANT_FILTER = 1e-6
@@ -55,6 +55,7 @@ def filter_mask(weights: Sequence[Tensor], rate: float, ord: int) -> Tensor:
 def update_filter_masks_(weights: Sequence[Tensor], rate: float, ord: int, mask: Tensor) -> None:
     """Write ``filter_mask(weights, rate, ord)`` into ``mask``."""
     check_rate("update_filter_masks_", rate)
+    check_weights("update_filter_masks_", weights)
     check_filter_vector("update_filter_masks_", "mask", mask, weights, torch.bool)
     if weights:
         mask.copy_(filter_mask(weights, rate, ord))
@@ -116,9 +117,14 @@ def per_filter(vector: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(-1, *[1] * (weight.dim() - 1)) for part, weight in zip(parts, weights)]
 
 
-def check_masked_weights(op: str, weights: Sequence[Tensor], mask: Tensor, feedback: Tensor | None) -> None:
+def check_masked_weights(
+    op: str, weights: Sequence[Tensor], mask: Tensor, dtype: torch.dtype, feedback: Tensor | None
+) -> None:
     """Raise unless the arguments of ``masked_weights`` (or of its backward) are right."""
     check_weights(op, weights)
+    if dtype not in DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        raise RuntimeError(f"{op}: dtype must be one of float32, float64, bfloat16, float16; got {name}")
     check_filter_vector(op, "mask", mask, weights, torch.bool)
     if feedback is not None:
         check_filter_vector(op, "feedback", feedback, weights, torch.float32)
@@ -128,7 +134,7 @@ def masked_weights(
     weights: Sequence[Tensor], mask: Tensor, dtype: torch.dtype, feedback: Tensor | None
 ) -> list[Tensor]:
     """``W ⊙ mask`` in ``dtype``: pruned filters are exactly 0, whatever they held."""
-    check_masked_weights("masked_weights", weights, mask, feedback)
+    check_masked_weights("masked_weights", weights, mask, dtype, feedback)
     zero = torch.zeros((), device=mask.device, dtype=dtype)
     return [torch.where(m, w.to(dtype), zero) for w, m in zip(weights, per_filter(mask, weights))]
 
@@ -137,12 +143,13 @@ def masked_weights_backward(
     grads: Sequence[Tensor], mask: Tensor, dtype: torch.dtype, feedback: Tensor | None
 ) -> list[Tensor]:
     """The gradient as it is for kept filters, times ``feedback`` (1 if None) for pruned ones, in ``dtype``."""
-    check_masked_weights("masked_weights_backward", grads, mask, feedback)
+    check_masked_weights("masked_weights_backward", grads, mask, dtype, feedback)
     if feedback is None:
         return [grad.to(dtype, copy=True) for grad in grads]
     compute = torch.float64 if grads and grads[0].dtype == torch.float64 else torch.float32
     scale = torch.where(mask, torch.ones_like(feedback), feedback).to(compute)
-    return [(grad.to(compute) * s).to(dtype) for grad, s in zip(grads, per_filter(scale, grads))]
+    scaled = [torch.where(s == 0, 0, grad.to(compute) * s) for grad, s in zip(grads, per_filter(scale, grads))]
+    return [grad.to(dtype) for grad in scaled]
 
 
 # ---------------------------------------------------------------------------------------------- decorrelation
@@ -280,6 +287,12 @@ def decorrelation_backward(
             f"decorrelation_backward: coefficients must be the forward's, "
             f"{str(expected.dtype).removeprefix('torch.')} {list(expected.shape)}, "
             f"got {str(coefficients.dtype).removeprefix('torch.')} {list(coefficients.shape)}"
+        )
+    accumulator = accumulation_dtype(weights)
+    if grad.dtype != accumulator or grad.numel() != 1:
+        raise RuntimeError(
+            f"decorrelation_backward: grad must be a scalar of {str(accumulator).removeprefix('torch.')}, "
+            f"got {str(grad.dtype).removeprefix('torch.')} {list(grad.shape)}"
         )
     sizes = [coefficients_like([weight], kind).numel() for weight in weights]
     out = []
