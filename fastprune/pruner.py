@@ -31,6 +31,7 @@ class Pruner:
         every: int,
         until: int | None,
         period: int | None,
+        update_now: bool = True,
     ) -> None:
         if not 0 <= rate < 1:
             raise ValueError(f"rate must be in [0, 1), got {rate}")
@@ -40,7 +41,8 @@ class Pruner:
         self.model, self.layers = model, layers
         self.rate, self.every, self.until, self.steps_per_epoch = rate, every, until, period
         self.steps = 0
-        self._update_if_due()
+        if update_now:
+            self._update_if_due()
 
     def step(self) -> bool:
         """Count a finished iteration, and update the masks if the next one is due. Call it after ``optimizer.step()``.
@@ -207,12 +209,14 @@ class WeightPruner(Pruner):
         if feedback == "none":
             for layer in layers.values():
                 layer.feedback = torch.zeros((), device=layer.weight.device)
-        super().__init__(model, layers, rate, every, until, steps_per_epoch)
+        self._needs_gradients = importance in ("grad", "taylor")
+        # Before the first backward there are none.
+        super().__init__(model, layers, rate, every, until, steps_per_epoch, update_now=not self._needs_gradients)
 
     @torch.no_grad()
     def _update(self) -> None:
         grads: list[Tensor] = []
-        if self.importance in ("grad", "taylor"):
+        if self._needs_gradients:
             for name, layer in self.layers.items():
                 if layer.weight.grad is None:
                     raise RuntimeError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ class Config:
 
     epochs: int = 40
     batch_size: int = 256
-    lr: float = 0.4
+    lr: float = 0.2
     """Peak learning rate."""
     schedule: Schedule = "one-cycle"
     warmup_epochs: float = 1.0
@@ -82,7 +83,7 @@ class Config:
 
     decorrelation: Literal["none", "covariance", "kernel-covariance", "correlation", "orthogonality"] = "covariance"
     """The regulariser."""
-    alpha: float = 0.7
+    alpha: float = 0.01
     """Its factor in the loss."""
     include_diagonal: bool = True
     """Whether covariances count variances."""
@@ -96,7 +97,7 @@ class Config:
     """Compile the model (torch.compile)."""
     seed: int = 0
     max_steps: int | None = None
-    """Stop after so many steps, with a checkpoint to resume from."""
+    """Stop when the run has done so many steps, with a checkpoint to resume from."""
     target_accuracy: float | None = None
     """Stop after the epoch that reaches this test top-1, in percent."""
 
@@ -116,8 +117,18 @@ class Config:
         for name in ("prune_until", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1], got {getattr(self, name)}")
-        if self.prune_type == "structured" and self.importance not in ("l1", "l2"):
+        if self.seed >= 2**31:
+            raise ValueError(f"--seed must be below 2**31, got {self.seed}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("--nesterov needs a --momentum above 0; add --no-nesterov to do without")
+        by_gradient = self.importance in ("grad", "taylor")
+        if self.prune_type == "structured" and by_gradient:
             raise ValueError(f"--importance {self.importance} is for --prune-type unstructured; filters take l1 or l2")
+        if self.prunes and by_gradient and self.precision == "fp16":
+            raise ValueError(
+                f"--importance {self.importance} cannot rank the gradients of fp16, which overflow now and then; "
+                "use --precision bf16 or fp32"
+            )
         if self.prune_type == "unstructured" and self.feedback == "normalized":
             # BatchNorm's amplification is of filters without variance: single weights have no such correction.
             object.__setattr__(self, "feedback", "straight-through")
@@ -152,6 +163,7 @@ _FAITHFUL = Config(
     label_smoothing=0,
     feedback="straight-through",
     decorrelation="none",
+    alpha=0.7,
     precision="fp32",
     channels_last=False,
     seed=777,
@@ -169,7 +181,7 @@ RECIPES: Mapping[str, Config] = {
 # The original program's flags, and the values that are spelt otherwise here.
 _ORIGINAL_FLAGS = {
     "--layers": "--model",
-    "--prune_imp": "--importance",
+    "--prune-imp": "--importance",
     "--reg": "--decorrelation",
     "--odecay": "--alpha",
     "--wd": "--weight-decay",
@@ -187,8 +199,9 @@ def translate(arguments: Sequence[str]) -> list[str]:
     translated: list[str] = []
     for word in words:
         last = translated[-1] if translated else ""
-        if word in _ORIGINAL_FLAGS:
-            translated.append(_ORIGINAL_FLAGS[word])
+        name = word.replace("_", "-")
+        if name in _ORIGINAL_FLAGS:
+            translated.append(_ORIGINAL_FLAGS[name])
         elif last == "--model" and word.isdigit():
             translated.append(f"resnet{word}")
         else:
@@ -223,17 +236,22 @@ def read_config(run: Path) -> Config:
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that a command line asks for: a recipe (or a run to resume), and what overrides it.
 
+    A resumed run goes on in its own folder, and to its end: ``out`` and ``max_steps`` are not taken over.
     Unknown flags and bad values end the program with a message and exit status 2, as ``--help`` does with 0.
     """
     words = translate(arguments)
     resume, recipe = _value(words, "--resume"), _value(words, "--recipe")
-    try:
-        default = RECIPES.get(recipe or "fast", Config())
-        if resume is not None:
-            default = dataclasses.replace(read_config(Path(resume)), out=Path(resume), resume=Path(resume))
-        return tyro.cli(Config, args=words, default=default, prog="python -m fastprune.train")
-    except ValueError as error:
-        raise SystemExit(f"fastprune.train: error: {error}") from error
+    default = RECIPES.get(recipe or "fast", Config())
+    if resume is not None:
+        try:
+            run = read_config(Path(resume))
+            if recipe not in (None, run.recipe):
+                raise ValueError(f"--recipe {recipe} cannot be had with --resume of a {run.recipe!r} run: leave it out")
+        except ValueError as error:
+            print(f"fastprune.train: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        default = dataclasses.replace(run, out=Path(resume), resume=Path(resume), max_steps=None)
+    return tyro.cli(Config, args=words, default=default, prog="python -m fastprune.train")
 
 
 def _value(words: Sequence[str], name: str) -> str | None:

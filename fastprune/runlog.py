@@ -4,13 +4,14 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from .checkpoint import write_atomically
+from .report import LAYER_FIELDS
 
 
 def write_json(path: Path, value: Any, what: str) -> None:
@@ -32,13 +33,14 @@ class Progress:
     Args:
         epochs, steps_per_epoch: of the whole run.
         step: where the run starts or goes on.
+        limit: the step at which it will stop.
     """
 
     _SECONDS_BETWEEN_LINES = 30.0
     _WARM_UP, _SAMPLE = 3, 8  # the first steps are slow; the next ones are timed for the estimate
 
-    def __init__(self, epochs: int, steps_per_epoch: int, step: int) -> None:
-        self.epochs, self.steps_per_epoch, self.first = epochs, steps_per_epoch, step
+    def __init__(self, epochs: int, steps_per_epoch: int, step: int, limit: int) -> None:
+        self.epochs, self.steps_per_epoch, self.first, self.limit = epochs, steps_per_epoch, step, limit
         self.bar: tqdm | None = None
         self.terminal = sys.stderr.isatty()
         self.last_line = time.monotonic()
@@ -65,8 +67,7 @@ class Progress:
         if behind == self._WARM_UP:
             self.started = now
         elif behind == self._WARM_UP + self._SAMPLE:
-            left = self.epochs * self.steps_per_epoch - step
-            seconds = (now - self.started) / self._SAMPLE * left
+            seconds = (now - self.started) / self._SAMPLE * (self.limit - step)
             self.say(f"about {duration(seconds)} of training left (tests not counted)")
 
     def end_epoch(self) -> None:
@@ -89,31 +90,31 @@ class RunLog:
     Args:
         folder: made if missing.
         described: written to ``config.json``.
-        keep_epochs: metrics of later epochs are dropped: a resumed run writes them again.
+        records: of the epochs before, where a run goes on.
+
+    Attributes:
+        records: of the epochs so far.
+
+    Raises:
+        OSError: where a file cannot be written.
     """
 
-    def __init__(self, folder: Path, described: Mapping[str, Any], keep_epochs: int) -> None:
+    def __init__(self, folder: Path, described: Mapping[str, Any], records: Sequence[dict[str, Any]] = ()) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.metrics = folder / "metrics.jsonl"
+        self.records = list(records)
         write_json(folder / "config.json", described, "a configuration")
-        kept = self.read()[:keep_epochs] if keep_epochs else []
-        self._write(kept)
+        self._write()
         self.board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder), purge_step=keep_epochs + 1)
+            self.board = SummaryWriter(str(folder), purge_step=len(self.records) + 1)
 
-    def read(self) -> list[dict[str, Any]]:
-        """The records so far."""
-        from .report import read_metrics
-
-        return read_metrics(self.folder) if self.metrics.exists() else []
-
-    def add(self, record: Mapping[str, Any]) -> None:
+    def add(self, record: dict[str, Any]) -> None:
         """Append an epoch's record."""
-        self._write([*(self.read() if self.metrics.stat().st_size else []), record])
+        self.records.append(record)
+        self._write()
         if self.board is not None:
             for split in ("train", "test"):
                 for name, value in record[split].items():
@@ -122,6 +123,8 @@ class RunLog:
                 self.board.add_scalar(name, record[name], record["epoch"])
             self.board.flush()
 
-    def _write(self, records: list[Any]) -> None:
-        lines = [(json.dumps(record, allow_nan=False) + "\n").encode() for record in records]
-        write_atomically(self.metrics, lines, what="metrics")
+    def _write(self) -> None:
+        # The layers' names and sizes stand on the first line only; reading them back repeats them.
+        later = [{k: v for k, v in record.items() if k not in LAYER_FIELDS} for record in self.records[1:]]
+        lines = [(json.dumps(record, allow_nan=False) + "\n").encode() for record in [*self.records[:1], *later]]
+        write_atomically(self.folder / "metrics.jsonl", lines, what="metrics")

@@ -73,9 +73,7 @@ KEYS = st.text(st.characters(), max_size=5) | st.integers()
 TREES = st.recursive(
     SCALARS | tensors(),
     lambda tree: (
-        st.lists(tree, max_size=4)
-        | st.lists(tree, max_size=4).map(tuple)
-        | st.dictionaries(KEYS, tree, max_size=4)
+        st.lists(tree, max_size=4) | st.lists(tree, max_size=4).map(tuple) | st.dictionaries(KEYS, tree, max_size=4)
     ),
     max_leaves=12,
 )
@@ -211,9 +209,7 @@ def test_deep_trees_are_saved_and_cycles_refused(tmp_path: Path) -> None:
         save(path, cycle)
 
 
-def test_more_text_than_a_reader_takes_is_refused_when_saving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_text_than_a_reader_takes_is_refused_when_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "_MAX_HEADER", 1000)
     with pytest.raises(ValueError, match=r"bytes outside its tensors, and at most 1,000"):
         save(tmp_path / "long.safetensors", list(range(1000)))
@@ -233,9 +229,7 @@ def test_the_checkpoint_before_is_kept_and_nothing_else_left(tmp_path: Path) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.previous.safetensors", "last.safetensors"]
 
 
-def test_a_complete_checkpoint_exists_at_every_step_of_a_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_complete_checkpoint_exists_at_every_step_of_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "last.safetensors"
     save(path, 0)
     save(path, 1)
@@ -269,9 +263,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path: Path) -> No
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the kernel refuses longer files
     try:
-        with pytest.raises(
-            OSError, match=r"could not write the checkpoint: .*; the one before it is kept"
-        ) as caught:
+        with pytest.raises(OSError, match=r"could not write the checkpoint: .*; the one before it is kept") as caught:
             save(path, torch.zeros(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -386,9 +378,7 @@ def with_header(path: Path, header: str) -> Path:
         '{"__metadata__": {"fastprune.checkpoint": "[]"}}',
         json.dumps({"__metadata__": {"fastprune.checkpoint": "[" * 100_000}}),
         json.dumps({"__metadata__": {"fastprune.checkpoint": '{"version": 1}'}}),
-        json.dumps(
-            {"__metadata__": {"fastprune.checkpoint": '{"version": 1, "sha256": "\\ud800", "tree": 1}'}}
-        ),
+        json.dumps({"__metadata__": {"fastprune.checkpoint": '{"version": 1, "sha256": "\\ud800", "tree": 1}'}}),
     ],
     ids=range(10),
 )
@@ -400,9 +390,7 @@ def test_hostile_headers_are_refused(tmp_path: Path, header: str) -> None:
 def test_a_claimed_huge_header_is_not_allocated(tmp_path: Path) -> None:
     path = tmp_path / "huge.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(
-        CheckpointError, match=r"huge\.safetensors \(10 bytes\) is truncated, or not a checkpoint"
-    ):
+    with pytest.raises(CheckpointError, match=r"huge\.safetensors \(10 bytes\) is truncated, or not a checkpoint"):
         load(path)
     with open(path, "wb") as file:  # a sparse file: its claimed header would fit in it
         file.write(struct.pack("<Q", 2**39))
@@ -419,9 +407,7 @@ def test_foreign_and_other_version_files_are_named_as_such(tmp_path: Path) -> No
     newer = tmp_path / "newer.safetensors"
     text = json.dumps({"version": 2})
     safetensors.torch.save_file({}, newer, metadata={"fastprune.checkpoint": text})
-    with pytest.raises(
-        CheckpointError, match=r"newer\.safetensors has checkpoint version 2, this fastprune reads 1"
-    ):
+    with pytest.raises(CheckpointError, match=r"newer\.safetensors has checkpoint version 2, this fastprune reads 1"):
         load(newer)
 
 
@@ -433,9 +419,7 @@ def test_missing_and_unreadable_files_are_checkpoint_errors(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_the_error_points_to_the_previous_checkpoint_where_that_is_complete(
-    tmp_path: Path, damage: str
-) -> None:
+def test_the_error_points_to_the_previous_checkpoint_where_that_is_complete(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "last.safetensors"
     save(path, 1)
     save(path, 2)
@@ -443,9 +427,7 @@ def test_the_error_points_to_the_previous_checkpoint_where_that_is_complete(
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(
-        CheckpointError, match=r"last\.previous\.safetensors, or rename it to last\.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"last\.previous\.safetensors, or rename it to last\.safetensors"):
         load(path)
     assert load(previous_path(path)) == 1
     previous_path(path).write_bytes(b"damaged too")

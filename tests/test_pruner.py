@@ -213,6 +213,15 @@ def test_weight_pruner_follows_the_rule(importance: str) -> None:
     assert pruner.sparsity() == pytest.approx(100 * zeros / sum(p.numel() for p in model.parameters()))
 
 
+def test_weight_pruner_with_gradients_starts_after_the_first_step() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    pruner = WeightPruner(model, 0.5, "taylor", every=1)
+    assert model[0].mask.all()
+    model(torch.randn(2, 3, 5, 5)).square().sum().backward()
+    assert pruner.step()
+    assert not model[0].mask.all()
+
+
 def test_weight_pruner_needs_gradients_for_taylor() -> None:
     pruner = WeightPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, "taylor")
     with pytest.raises(RuntimeError, match=r"layer 0 has no gradient.*before zero_grad"):
