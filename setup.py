@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from glob import glob
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 
@@ -21,7 +23,7 @@ PYTHON_TARGET = "0x030A0000"  # Python 3.10
 # The oldest that has bfloat16, and one whose PTX every later GPU can compile.
 CUDA_ARCHITECTURES = "8.0;9.0+PTX"
 CXX_FLAGS = [
-    *("-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
+    *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     # GCC notes that its 64-byte vectors change the calling convention; ours never cross a function that is not inlined.
     *("-Wall", "-Wextra", "-Wno-psabi"),
 ]
@@ -29,7 +31,7 @@ NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"
 WITHOUT = "FASTPRUNE_NO_EXT=1 installs fastprune without compiled ops (each runs its PyTorch reference)"
 
 
-def flag(name):
+def flag(name: str) -> bool | None:
     """The environment switch ``name``: True, False, or None when unset."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
@@ -37,7 +39,7 @@ def flag(name):
     return None if value == "" else value == "1"
 
 
-def find_nvcc(torch_cuda):
+def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
     """The path of the nvcc that can build for this torch, or None and what is missing. No GPU is looked for."""
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -53,7 +55,7 @@ def find_nvcc(torch_cuda):
     return nvcc, ""
 
 
-def cuda_options(nvcc):
+def cuda_options(nvcc: str) -> dict[str, list[str]]:
     """Extra options of the CUDA module: its own runtime, static, so that importing it needs no CUDA library."""
     # nvcc may be a wrapper far from its toolkit: its dry run names the toolkit's folders.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
@@ -61,10 +63,17 @@ def cuda_options(nvcc):
     return {"libraries": ["torch_cuda", "cudart_static", "rt", "pthread", "dl"], "library_dirs": folders}
 
 
-def extension(name, sources, macros=(), libraries=(), library_dirs=()):
+def extension(
+    name: str,
+    sources: Sequence[str],
+    macros: Sequence[tuple[str, str | None]] = (),
+    libraries: Sequence[str] = (),
+    library_dirs: Sequence[str] = (),
+) -> Extension:
     """The extension module ``fastprune.<name>``, for torch's BuildExtension."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
+    headers = [option for path in include_paths() for option in ("-isystem", path)]
     return Extension(
         f"fastprune.{name}",
         ["csrc/module.cpp", *sorted(sources)],
@@ -74,10 +83,10 @@ def extension(name, sources, macros=(), libraries=(), library_dirs=()):
             ("FASTPRUNE_MODULE", name),
             *macros,
         ],
-        include_dirs=include_paths(),
         library_dirs=[*library_paths(), *library_dirs],
         libraries=["torch_cpu", *libraries],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        # As system headers, torch's own raise no warnings.
+        extra_compile_args={"cxx": [*CXX_FLAGS, *headers], "nvcc": [*NVCC_FLAGS, *headers]},
         # The headers: what setuptools looks at before it builds again, and what goes into a source distribution.
         depends=sorted(path for kind in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True)),
         language="c++",
@@ -85,7 +94,7 @@ def extension(name, sources, macros=(), libraries=(), library_dirs=()):
     )
 
 
-def extensions():
+def extensions() -> list[Extension]:
     """The extension modules to build."""
     import torch
 
@@ -104,12 +113,14 @@ def extensions():
     return modules
 
 
-def build_command():
+def build_command() -> type:
     """Torch's build_ext, with a folder of objects for each module and a failure that says what can be done."""
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        def build_extensions(self):
+        build_temp: str
+
+        def build_extensions(self) -> None:
             try:
                 super().build_extensions()
             except Exception as error:
@@ -118,7 +129,7 @@ def build_command():
                     f"It needs a C++20 compiler (GCC 11 or later) and the headers of this Python. {WITHOUT}."
                 ) from error
 
-        def build_extension(self, ext):
+        def build_extension(self, ext: Extension) -> None:
             # csrc/module.cpp is compiled once for each module, to objects of the same name.
             shared = self.build_temp
             self.build_temp = os.path.join(shared, ext.name)
@@ -128,7 +139,7 @@ def build_command():
     return BuildExt
 
 
-def compiled():
+def compiled() -> dict[str, Any]:
     """What makes the build a compiled one: nothing at all with FASTPRUNE_NO_EXT=1, which does not even import torch."""
     if flag("FASTPRUNE_NO_EXT"):
         return {}

@@ -1,0 +1,102 @@
+# Every target sets up what it needs: a virtual environment in .venv, and fastprune installed into it from this tree.
+# PYTHON=... chooses the interpreter, VENV=... the environment's folder, ARGS=... is handed on to the command.
+# FASTPRUNE_NO_EXT, FASTPRUNE_CUDA and MAX_JOBS are for setup.py, whose docstring explains them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help train test test-slow bench lint format wheel clean environment FORCE
+
+VENV ?= .venv
+ARGS ?=
+PY := $(VENV)/bin/python
+# A run that was stopped goes on; one that is finished says again what came out.
+QUICK_RUN := $(if $(wildcard runs/quick/checkpoint.safetensors),--resume runs/quick,--recipe quick --out runs/quick)
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+CXX_SOURCES := $(shell find csrc -type f 2>/dev/null | sort)
+# One stamp for each way to build, so that changing the switch builds again.
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built$(if $(FASTPRUNE_NO_EXT),-no-ext-$(FASTPRUNE_NO_EXT))$(if $(FASTPRUNE_CUDA),-cuda-$(FASTPRUNE_CUDA))
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+train: environment ## train, prune and compare: the quick recipe, a few minutes (ARGS="--epochs 3" ...)
+	@$(PY) -m fastprune.train $(QUICK_RUN) $(ARGS)
+
+test: environment ## the tests, without the slow ones
+	@$(PY) -m pytest $(ARGS)
+
+test-slow: environment ## the slow tests only
+	@$(PY) -m pytest -m slow $(ARGS)
+
+bench: environment ## every op beside its rivals
+	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)
+
+lint: environment ## what .ci/run checks about the sources
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_SOURCES)
+	@$(PY) -m mypy
+
+format: environment ## rewrite the sources in the project's format
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+	@$(VENV)/bin/clang-format -i $(CXX_SOURCES)
+
+wheel: environment ## one wheel, in dist/
+	@$(PIP) wheel . --quiet --no-build-isolation --no-deps --wheel-dir dist
+	@ls dist/*.whl
+
+clean: ## remove what was built; the environment stays (rm -r it for a new one)
+	@rm -rf build dist *.egg-info fastprune/*.so $(VENV)/.built*
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	@find bench fastprune kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+environment: $(BUILT)
+
+# The stamp is written last and holds this folder's name. An environment without it, of another folder (a moved clone), or
+# whose Python is gone is not mended but made again.
+ifneq ($(shell $(PY) -c 'print(open("$(INSTALLED)").read())' 2>/dev/null),$(CURDIR))
+$(INSTALLED): FORCE
+endif
+
+# Dependencies and the editable install; the extension modules come after it, so that their failure loses nothing.
+$(INSTALLED): pyproject.toml $(if $(PIP_CONSTRAINT),$(wildcard $(PIP_CONSTRAINT)))
+	@if [ "$$($(PY) -c 'print(open("$@").read())' 2>/dev/null)" != "$(CURDIR)" ]; then \
+		$(find_python); \
+		echo "fastprune: making $(VENV) with $$($$python --version) (a few minutes the first time)"; \
+		if [ -e $(VENV) ]; then chmod -R u+w $(VENV); rm -rf $(VENV); fi; \
+		$$python -m venv $(VENV); \
+	else \
+		echo "fastprune: bringing $(VENV) up to date"; \
+		mv $@ $@.before; \
+	fi
+	@$(PIP) install -qq 'setuptools>=77' wheel ninja \
+		&& FASTPRUNE_NO_EXT=1 $(PIP) install -qq --no-build-isolation --editable '.[dev]' \
+		|| { [ ! -e $@.before ] || mv $@.before $@; exit 1; }
+	@rm -f $@.before $(VENV)/.built*; printf %s '$(CURDIR)' > $@
+
+# Incremental: ninja compiles what changed in csrc/ and nothing else.
+$(BUILT): $(INSTALLED) setup.py $(CXX_SOURCES)
+	@echo "fastprune: building the extension modules"
+	@rm -f $(VENV)/.built* fastprune/*.abi3.so
+	@$(PY) setup.py --quiet build_ext --inplace > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log >&2; exit 1; }
+	@touch $@
+
+# Sets $python: PYTHON if given, else the first suitable one found. venv needs ensurepip, which Debian packages apart.
+define find_python
+python=; \
+for candidate in $(or $(PYTHON),python3 python python3.13 python3.12 python3.11 python3.10 python3.14); do \
+	if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+		python=$$candidate; break; \
+	fi; \
+done; \
+if [ -z "$$python" ]; then \
+	echo "fastprune needs Python 3.10 or later with its venv module (Debian: apt-get install python3-venv)." >&2; \
+	echo "Tried: $(or $(PYTHON),python3 python python3.10 to python3.14). Name one with: make PYTHON=/path/to/python3" >&2; \
+	exit 1; \
+fi
+endef
