@@ -171,7 +171,7 @@ _FAITHFUL = Config(
 
 RECIPES: Mapping[str, Config] = {
     "fast": Config(),
-    "quick": Config(recipe="quick", model="resnet20", epochs=6, out=Path("runs/quick")),
+    "quick": Config(recipe="quick", model="resnet20", epochs=6, batch_size=128, out=Path("runs/quick")),
     "faithful": _FAITHFUL,
     "description": dataclasses.replace(
         _FAITHFUL, recipe="description", model="resnet50", batch_size=128, decorrelation="covariance"
