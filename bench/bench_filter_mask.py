@@ -29,3 +29,10 @@ def test_filter_mask(measure: Measure, network: Network, rival: str) -> None:
     assert torch.count_nonzero(result ^ network.mask) <= 2
     flops = 2 * network.elements
     measure("update_filter_masks_", network, rival, calls[rival], Work(4 * network.elements, flops))
+
+
+def test_floor(measure: Measure, network: Network) -> None:
+    """As many bytes read once, from one tensor: no mask can be had in less time from weights that are in memory."""
+    flat = torch.cat([weight.flatten() for weight in network.weights])
+    assert flat.numel() == network.elements
+    measure("update_filter_masks_", network, "(bare read)", flat.sum, Work(4 * network.elements, network.elements))

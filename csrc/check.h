@@ -4,7 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
+#include <array>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -80,40 +80,50 @@ struct Layer {
 };
 
 // Whether each filter is one dense run of K elements (contiguous and channels_last both are).
-inline bool is_filter_major(const Tensor& weight) {
-  std::vector<std::pair<int64_t, int64_t>> runs;  // stride, size
-  for (int64_t d = 1; d < weight.dim(); ++d)
-    if (weight.size(d) > 1) runs.emplace_back(weight.stride(d), weight.size(d));
-  std::sort(runs.begin(), runs.end());
-  int64_t expected = 1;
-  for (auto [stride, size] : runs) {
-    if (stride != expected) return false;
-    expected *= size;
+inline bool is_filter_major(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides) {
+  std::array<std::pair<int64_t, int64_t>, 8> runs;  // stride, size; by stride
+  size_t count = 0;
+  for (size_t d = 1; d < sizes.size(); ++d) {
+    if (sizes[d] <= 1) continue;
+    if (count == runs.size()) return false;
+    size_t place = count++;
+    for (; place > 0 && runs[place - 1].first > strides[d]; --place) runs[place] = runs[place - 1];
+    runs[place] = {strides[d], sizes[d]};
   }
-  return weight.size(0) <= 1 || weight.stride(0) == expected;
+  int64_t expected = 1;
+  for (size_t i = 0; i < count; ++i) {
+    if (runs[i].first != expected) return false;
+    expected *= runs[i].second;
+  }
+  return sizes[0] <= 1 || strides[0] == expected;
 }
 
 inline std::vector<Layer> check_weights(const char* op, const std::vector<Tensor>& weights) {
   std::vector<Layer> layers;
   layers.reserve(weights.size());
   int64_t first = 0;
+  if (weights.empty()) return layers;
+  const ScalarType expected = weights[0].scalar_type();
+  const auto device = weights[0].device();
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
     const ScalarType dtype = weight.scalar_type();
-    if (!is_supported(dtype) || dtype != weights[0].scalar_type())
+    const auto sizes = weight.sizes(), strides = weight.strides();
+    const int64_t elements = weight.numel();
+    if (!is_supported(dtype) || dtype != expected)
       fail(op, ": weights must share one dtype of float32, float64, bfloat16, float16; weights[", i, "] has ",
            dtype_name(dtype));
-    if (weight.is_cpu() != weights[0].is_cpu() || weight.get_device_index() != weights[0].get_device_index())
+    if (!(weight.device() == device))
       fail(op, ": weights must be on one device; weights[", i, "] is on another");
-    if (weight.dim() < 2 || weight.numel() == 0)
+    if (sizes.size() < 2 || elements == 0)
       fail(op, ": weights[", i, "] must be [filters, ...] with at least one filter and element, got ",
-           list(weight.sizes()));
-    if (!is_filter_major(weight))
+           list(sizes));
+    if (!is_filter_major(sizes, strides))
       fail(op, ": weights[", i,
-           "] must be contiguous or channels_last (each filter one dense run), got strides ",
-           list(weight.strides()));
-    const int64_t filters = weight.size(0);
-    layers.push_back({weight.const_data_ptr(), filters, weight.numel() / filters, first});
+           "] must be contiguous or channels_last (each filter one dense run), got strides ", list(strides));
+    const int64_t filters = sizes[0];
+    layers.push_back({weight.const_data_ptr(), filters, elements / filters, first});
     first += filters;
   }
   return layers;

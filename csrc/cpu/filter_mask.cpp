@@ -19,6 +19,8 @@ void score_filters(const T* weight, int64_t filters, int64_t size, int64_t ord, 
 
 #else
 
+#include <limits>
+
 #include "host.h"
 
 #define FASTPRUNE_FILE "filter_mask.cpp"
@@ -26,6 +28,8 @@ void score_filters(const T* weight, int64_t filters, int64_t size, int64_t ord, 
 
 namespace fastprune {
 namespace {
+
+constexpr float kLargest = std::numeric_limits<float>::max();
 
 void score(const char* op, const std::vector<Tensor>& weights, const std::vector<Layer>& layers, int64_t ord,
            float* scores) {
@@ -39,18 +43,36 @@ void score(const char* op, const std::vector<Tensor>& weights, const std::vector
       FASTPRUNE_DISPATCH(score_filters, first, end - begin, layer.size, ord, scores + layer.first + begin);
     });
   });
-  for (size_t i = 0; i < layers.size(); ++i)
-    for (int64_t f = 0; f < layers[i].filters; ++f)
-      if (!std::isfinite(scores[layers[i].first + f]))
-        fail(op, ": weights[", i, "] has a NaN or Inf: its filter norms are not finite");
+  bool finite = true;
+  for (int64_t f = 0; f < count_filters(layers); ++f) finite &= std::fabs(scores[f]) <= kLargest;
+  if (finite) return;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const float* first = scores + layers[i].first;
+    if (!std::all_of(first, first + layers[i].filters, [](float x) { return std::isfinite(x); }))
+      fail(op, ": weights[", i, "] has a NaN or Inf: its filter norms are not finite");
+  }
 }
 
-// sort(scores)[k], by selection in a scratch copy that is kept for the next call.
+// Bits that order as the floats do: those of negative ones are turned over.
+uint32_t ordered_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// sort(scores)[k]: counts by the leading bits say which values can be it, and of those it is selected.
 float select(const float* scores, int64_t n, int64_t k) {
-  thread_local std::vector<float> scratch;
-  scratch.assign(scores, scores + n);
-  std::nth_element(scratch.begin(), scratch.begin() + k, scratch.end());
-  return scratch[k];
+  constexpr int kBits = 11;
+  std::array<int64_t, 1 << kBits> counts{};
+  for (int64_t i = 0; i < n; ++i) ++counts[ordered_bits(scores[i]) >> (32 - kBits)];
+  uint32_t bin = 0;
+  while (k >= counts[bin]) k -= counts[bin++];
+  thread_local std::vector<float> candidates;  // kept for the next call
+  candidates.clear();
+  for (int64_t i = 0; i < n; ++i)
+    if (ordered_bits(scores[i]) >> (32 - kBits) == bin) candidates.push_back(scores[i]);
+  std::nth_element(candidates.begin(), candidates.begin() + k, candidates.end());
+  return candidates[k];
 }
 
 void write_mask(const char* op, const std::vector<Tensor>& weights, const std::vector<Layer>& layers,

@@ -60,14 +60,18 @@ inline void store(A* p, const Vector<A>& x) {
 
 template <class A>
 inline Vector<A> absolute(const Vector<A>& x) {
-  return x < 0 ? -x : x;  // -0.0 stays: it adds nothing
+  using Bits = Vector<std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>>;
+  constexpr auto kAllButSign = static_cast<std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>>(-1) >> 1;
+  return reinterpret_cast<Vector<A>>(reinterpret_cast<Bits>(x) & kAllButSign);
 }
 
 template <class A>
 inline A horizontal_sum(const Vector<A>& x) {
-  A sum = 0;
-  for (int64_t i = 0; i < lanes<A>; ++i) sum += x[i];
-  return sum;
+  A values[lanes<A>];
+  store<A>(values, x);
+  for (int64_t half = lanes<A> / 2; half > 0; half /= 2)  // a tree: a chain would wait for every addition
+    for (int64_t i = 0; i < half; ++i) values[i] += values[i + half];
+  return values[0];
 }
 
 // Σ f(w[k]) in float64, in a fixed order.
@@ -75,9 +79,14 @@ template <class T, class F>
 inline double sum_of(const T* w, int64_t size, const F& f) {
   constexpr int64_t kChains = 4, kStep = kChains * lanes<double>;  // chains hide the latency of an addition
   Vector<double> sums[kChains] = {};
+  // Filters follow one another in memory; the hardware's prefetcher stops at pages.
+  constexpr int64_t kAhead = 4096, kLine = 64;  // bytes
   int64_t k = 0;
-  for (; k + kStep <= size; k += kStep)
+  for (; k + kStep <= size; k += kStep) {
+    for (int64_t byte = 0; byte < kStep * static_cast<int64_t>(sizeof(T)); byte += kLine)
+      __builtin_prefetch(reinterpret_cast<const char*>(w + k) + kAhead + byte);
     for (int64_t c = 0; c < kChains; ++c) sums[c] += f(load<double>(w + k + c * lanes<double>));
+  }
   for (; k + lanes<double> <= size; k += lanes<double>) sums[0] += f(load<double>(w + k));
   double total = horizontal_sum<double>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; k < size; ++k) total += f(Vector<double>{static_cast<double>(w[k])})[0];
