@@ -79,48 +79,80 @@ struct Layer {
   int64_t first;    // index of its first filter among the N of the model
 };
 
-// Whether each filter is one dense run of K elements (contiguous and channels_last both are).
-inline bool is_filter_major(torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                            torch::headeronly::IntHeaderOnlyArrayRef strides) {
+using Extents = torch::headeronly::IntHeaderOnlyArrayRef;
+
+// The number of elements of dimensions first.. if they are one dense run in memory in whatever order; else 0.
+inline int64_t dense_run(Extents sizes, Extents strides, size_t first) {
   std::array<std::pair<int64_t, int64_t>, 8> runs;  // stride, size; by stride
   size_t count = 0;
-  for (size_t d = 1; d < sizes.size(); ++d) {
-    if (sizes[d] <= 1) continue;
-    if (count == runs.size()) return false;
+  for (size_t d = first; d < sizes.size(); ++d) {
+    if (sizes[d] == 1) continue;
+    if (count == runs.size()) return 0;
     size_t place = count++;
     for (; place > 0 && runs[place - 1].first > strides[d]; --place) runs[place] = runs[place - 1];
     runs[place] = {strides[d], sizes[d]};
   }
   int64_t expected = 1;
   for (size_t i = 0; i < count; ++i) {
-    if (runs[i].first != expected) return false;
+    if (runs[i].first != expected) return 0;
     expected *= runs[i].second;
   }
-  return sizes[0] <= 1 || strides[0] == expected;
+  return expected;
 }
 
-inline std::vector<Layer> check_weights(const char* op, const std::vector<Tensor>& weights) {
+// Whether each filter is one dense run of K elements (contiguous and channels_last both are).
+inline bool is_filter_major(Extents sizes, Extents strides) {
+  const int64_t size = dense_run(sizes, strides, 1);
+  return size > 0 && (sizes[0] <= 1 || strides[0] == size);
+}
+
+// Whether the elements are one dense run in memory, in whatever order.
+inline bool is_dense(const Tensor& tensor) {
+  return tensor.numel() == 0 || dense_run(tensor.sizes(), tensor.strides(), 0) > 0;
+}
+
+// Whether shapes and strides are equal, where a stride matters.
+inline bool same_layout(const Tensor& tensor, const Tensor& other) {
+  if (tensor.dim() != other.dim()) return false;
+  for (int64_t d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) != other.size(d) || (tensor.size(d) > 1 && tensor.stride(d) != other.stride(d)))
+      return false;
+  return true;
+}
+
+inline bool same_device(const Tensor& tensor, const Tensor& other) {
+  return tensor.device() == other.device();
+}
+
+inline void check_dtype_and_device(const char* op, const char* name, const std::vector<Tensor>& tensors) {
+  if (tensors.empty()) return;
+  const ScalarType expected = tensors[0].scalar_type();
+  const auto device = tensors[0].device();
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const ScalarType dtype = tensors[i].scalar_type();
+    if (!is_supported(dtype) || dtype != expected)
+      fail(op, ": ", name, " must share one dtype of float32, float64, bfloat16, float16; ", name, "[", i,
+           "] has ", dtype_name(dtype));
+    if (!(tensors[i].device() == device))
+      fail(op, ": ", name, " must be on one device; ", name, "[", i, "] is on another");
+  }
+}
+
+inline std::vector<Layer> check_weights(const char* op, const std::vector<Tensor>& weights,
+                                        const char* name = "weights") {
+  check_dtype_and_device(op, name, weights);
   std::vector<Layer> layers;
   layers.reserve(weights.size());
   int64_t first = 0;
-  if (weights.empty()) return layers;
-  const ScalarType expected = weights[0].scalar_type();
-  const auto device = weights[0].device();
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    const ScalarType dtype = weight.scalar_type();
-    const auto sizes = weight.sizes(), strides = weight.strides();
+    const Extents sizes = weight.sizes(), strides = weight.strides();
     const int64_t elements = weight.numel();
-    if (!is_supported(dtype) || dtype != expected)
-      fail(op, ": weights must share one dtype of float32, float64, bfloat16, float16; weights[", i, "] has ",
-           dtype_name(dtype));
-    if (!(weight.device() == device))
-      fail(op, ": weights must be on one device; weights[", i, "] is on another");
     if (sizes.size() < 2 || elements == 0)
-      fail(op, ": weights[", i, "] must be [filters, ...] with at least one filter and element, got ",
+      fail(op, ": ", name, "[", i, "] must be [filters, ...] with at least one filter and element, got ",
            list(sizes));
     if (!is_filter_major(sizes, strides))
-      fail(op, ": weights[", i,
+      fail(op, ": ", name, "[", i,
            "] must be contiguous or channels_last (each filter one dense run), got strides ", list(strides));
     const int64_t filters = sizes[0];
     layers.push_back({weight.const_data_ptr(), filters, elements / filters, first});

@@ -1,21 +1,7 @@
 // filter_norms, kth_threshold, filter_mask, update_filter_masks_: contracts in fastprune/ops/filter_mask.py.
 #ifdef FASTPRUNE_ISA
 
-#include "simd.inl"
-
-namespace fastprune::FASTPRUNE_ISA {
-
-// scores[f] = mean |w| or mean w² of each of `filters` runs of `size` elements.
-template <class T>
-void score_filters(const T* weight, int64_t filters, int64_t size, int64_t ord, float* scores) {
-  for (int64_t f = 0; f < filters; ++f, weight += size) {
-    const double sum = ord == 1 ? sum_of(weight, size, [](auto x) { return absolute<double>(x); })
-                                : sum_of(weight, size, [](auto x) { return x * x; });
-    scores[f] = static_cast<float>(sum / static_cast<double>(size));
-  }
-}
-
-}  // namespace fastprune::FASTPRUNE_ISA
+#include "filters.inl"
 
 #else
 

@@ -1,18 +1,7 @@
 // masked_weights and its backward: contracts in fastprune/ops/masked_weights.py.
 #ifdef FASTPRUNE_ISA
 
-namespace fastprune::FASTPRUNE_ISA {
-
-// out[k] = scale · in[k], rounded once to Out.
-template <class Out, class In>
-void scale_row(const In* in, int64_t size, float scale, Out* out) {
-  using A = std::conditional_t<std::is_same_v<In, double>, double, float>;
-  for (int64_t k = 0; k < size; ++k)
-    out[k] = static_cast<Out>(static_cast<std::conditional_t<std::is_same_v<Out, double>, double, float>>(
-        static_cast<A>(in[k]) * static_cast<A>(scale)));
-}
-
-}  // namespace fastprune::FASTPRUNE_ISA
+#include "filters.inl"
 
 #else
 

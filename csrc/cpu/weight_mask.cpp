@@ -73,13 +73,9 @@ void check_grads(const std::vector<Tensor>& weights, const std::vector<Tensor>& 
       importance == Importance::grad || importance == Importance::taylor ? weights.size() : 0;
   if (grads.size() != needed)
     fail("weight_mask: importance ", name, " takes ", needed, " gradients, got ", grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    bool same = grads[i].scalar_type() == weights[i].scalar_type() && grads[i].dim() == weights[i].dim();
-    for (int64_t d = 0; same && d < weights[i].dim(); ++d)
-      same = grads[i].size(d) == weights[i].size(d) &&
-             (grads[i].size(d) == 1 || grads[i].stride(d) == weights[i].stride(d));
-    if (!same) fail("weight_mask: grads[", i, "] must have the shape, dtype and strides of weights[", i, "]");
-  }
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (grads[i].scalar_type() != weights[i].scalar_type() || !same_layout(grads[i], weights[i]))
+      fail("weight_mask: grads[", i, "] must have the shape, dtype and strides of weights[", i, "]");
 }
 
 struct Chunk {

@@ -35,23 +35,27 @@ class Implementation:
     why: str
 
 
-def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any], mutated: int | None = None) -> None:
+def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register the op ``fastprune::<schema>`` with its reference for every device and its fake.
 
-    ``mutated`` is the position of the argument it writes to, whose version autograd must see change.
+    Of the arguments that the schema says are written to, autograd sees the versions change.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastprune::{name}", fake, lib=_library)
-    if mutated is not None:
+    arguments = getattr(torch.ops.fastprune, name).default._schema.arguments
+    mutated = [i for i, argument in enumerate(arguments) if argument.is_write]
+    if mutated:
         _library.impl(name, _counting_versions(name, mutated), "ADInplaceOrView", with_keyset=True)
     _references[name] = reference
 
 
-def _counting_versions(name: str, mutated: int) -> Callable[..., Any]:
+def _counting_versions(name: str, mutated: list[int]) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        torch.autograd.graph.increment_version(arguments[mutated])
+        for i in mutated:
+            if arguments[i] is not None:
+                torch.autograd.graph.increment_version(arguments[i])  # of a tensor, or of each of a list
         below = keyset & torch._C._after_ADInplaceOrView_keyset
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return getattr(torch.ops.fastprune, name).default.redispatch(below, *arguments)

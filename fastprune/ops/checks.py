@@ -8,35 +8,58 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def dense_run(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The number of elements, if they are one dense run in memory in whatever order; else None."""
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(shape, strides) if size > 1):
+        if stride != expected:
+            return None
+        expected *= size
+    return expected
+
+
 def is_filter_major(weight: Tensor) -> bool:
     """Whether each filter ``weight[f]`` is one dense run of K elements (contiguous and channels_last both are)."""
-    runs = sorted((stride, size) for size, stride in zip(weight.shape[1:], weight.stride()[1:]) if size > 1)
-    expected = 1
-    for stride, size in runs:
-        if stride != expected:
-            return False
-        expected *= size
-    return weight.shape[0] <= 1 or weight.stride(0) == expected
+    size = dense_run(weight.shape[1:], weight.stride()[1:])
+    return size is not None and (weight.shape[0] <= 1 or weight.stride(0) == size)
 
 
-def check_weights(op: str, weights: Sequence[Tensor]) -> None:
-    """Raise unless all weights are non-empty, filter-major, on one device and of one supported dtype."""
-    for i, weight in enumerate(weights):
-        if weight.dtype not in DTYPES or weight.dtype != weights[0].dtype:
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements are one dense run in memory, in whatever order."""
+    return tensor.numel() == 0 or dense_run(tensor.shape, tensor.stride()) is not None
+
+
+def same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Whether shapes and strides are equal, where a stride matters."""
+    return tensor.shape == other.shape and all(
+        a == b or n <= 1 for a, b, n in zip(tensor.stride(), other.stride(), tensor.shape)
+    )
+
+
+def check_dtype_and_device(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise unless all tensors are on one device and of one supported dtype."""
+    for i, tensor in enumerate(tensors):
+        if tensor.dtype not in DTYPES or tensor.dtype != tensors[0].dtype:
             raise RuntimeError(
-                f"{op}: weights must share one dtype of float32, float64, bfloat16, float16; "
-                f"weights[{i}] has {str(weight.dtype).removeprefix('torch.')}"
+                f"{op}: {name} must share one dtype of float32, float64, bfloat16, float16; "
+                f"{name}[{i}] has {str(tensor.dtype).removeprefix('torch.')}"
             )
-        if weight.device != weights[0].device:
-            raise RuntimeError(f"{op}: weights must be on one device; weights[{i}] is on {weight.device}")
+        if tensor.device != tensors[0].device:
+            raise RuntimeError(f"{op}: {name} must be on one device; {name}[{i}] is on {tensor.device}")
+
+
+def check_weights(op: str, weights: Sequence[Tensor], name: str = "weights") -> None:
+    """Raise unless all weights are non-empty, filter-major, on one device and of one supported dtype."""
+    check_dtype_and_device(op, name, weights)
+    for i, weight in enumerate(weights):
         if weight.dim() < 2 or weight.numel() == 0:
             raise RuntimeError(
-                f"{op}: weights[{i}] must be [filters, ...] with at least one filter and element, "
+                f"{op}: {name}[{i}] must be [filters, ...] with at least one filter and element, "
                 f"got {list(weight.shape)}"
             )
         if not is_filter_major(weight):
             raise RuntimeError(
-                f"{op}: weights[{i}] must be contiguous or channels_last (each filter one dense run), "
+                f"{op}: {name}[{i}] must be contiguous or channels_last (each filter one dense run), "
                 f"got strides {list(weight.stride())}"
             )
 

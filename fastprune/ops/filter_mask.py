@@ -37,7 +37,6 @@ define(
     "update_filter_masks_(Tensor[] weights, float rate, int ord, Tensor(a!) mask) -> ()",
     reference.update_filter_masks_,
     _fake_update,
-    mutated=3,
 )
 
 

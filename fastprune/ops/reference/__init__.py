@@ -1,0 +1,35 @@
+"""Every op in plain PyTorch: slow, obvious, float64-capable. This is the definition of right.
+
+The contracts (shapes, dtypes, errors, sources) are the docstrings of the public functions in the folder above.
+Losses, norms and steps are computed in float64 and rounded once, so that an implementation can be judged by its error.
+"""
+
+from .decorrelation import (
+    DECORRELATION_KINDS,
+    accumulation_dtype,
+    check_decorrelation,
+    coefficients_like,
+    decorrelation,
+    decorrelation_backward,
+)
+from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
+from .masked_weights import check_masked_weights, masked_weights, masked_weights_backward
+from .weight_mask import check_weight_mask, weight_mask
+
+__all__ = [
+    "DECORRELATION_KINDS",
+    "accumulation_dtype",
+    "check_decorrelation",
+    "check_masked_weights",
+    "check_weight_mask",
+    "coefficients_like",
+    "decorrelation",
+    "decorrelation_backward",
+    "filter_mask",
+    "filter_norms",
+    "kth_threshold",
+    "masked_weights",
+    "masked_weights_backward",
+    "update_filter_masks_",
+    "weight_mask",
+]
