@@ -50,6 +50,7 @@ def test_backends_lists_every_op_on_every_device() -> None:
         "kth_threshold",
         "masked_weights",
         "masked_weights_backward",
+        "sgd_step_",
         "update_filter_masks_",
         "weight_mask",
     }

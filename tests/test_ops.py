@@ -44,6 +44,15 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         fastprune.masked_weights_backward,
         (weights(torch.bfloat16), cases.random_mask(SHAPES), torch.float32, None),
     ),
+    "sgd_step_": lambda: (
+        fastprune.sgd_step_,
+        (
+            *([*weights(grad=True), torch.randn(6, requires_grad=True)], [*weights(seed=1), torch.randn(6)]),
+            *([*weights(seed=2), torch.randn(6)], 0.1, 0.9, 0.0, 1e-4, True, False, False),
+            *(torch.tensor(2.0), torch.tensor(0.0), 3, cases.random_mask(SHAPES)),
+            *(weights(torch.bfloat16), torch.zeros(N), 1),
+        ),
+    ),
     **{
         f"decorrelation-{kind}": lambda kind=kind: (  # type: ignore[misc]
             fastprune.decorrelation,

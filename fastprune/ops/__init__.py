@@ -14,6 +14,7 @@ from .decorrelation import decorrelation
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
 from .masked_weights import masked_weights
 from .reference import DECORRELATION_KINDS
+from .sgd_step import sgd_step_
 from .weight_mask import weight_mask
 
 load_compiled()
@@ -32,6 +33,7 @@ __all__ = [
     "masked_weights",
     "set_backend",
     "set_cpu_isa",
+    "sgd_step_",
     "update_filter_masks_",
     "weight_mask",
 ]

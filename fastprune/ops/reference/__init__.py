@@ -14,6 +14,7 @@ from .decorrelation import (
 )
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
 from .masked_weights import check_masked_weights, masked_weights, masked_weights_backward
+from .sgd_step import check_sgd_step, sgd_step_
 from .weight_mask import check_weight_mask, weight_mask
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "accumulation_dtype",
     "check_decorrelation",
     "check_masked_weights",
+    "check_sgd_step",
     "check_weight_mask",
     "coefficients_like",
     "decorrelation",
@@ -30,6 +32,7 @@ __all__ = [
     "kth_threshold",
     "masked_weights",
     "masked_weights_backward",
+    "sgd_step_",
     "update_filter_masks_",
     "weight_mask",
 ]
