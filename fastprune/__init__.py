@@ -1,6 +1,6 @@
 """fastprune: dynamic filter pruning with decorrelation regularisation."""
 
-from . import ops
+from . import ops, optim
 from .decorrelation import Decorrelation
 from .nn import MaskedConv2d
 from .ops import backends, set_backend
@@ -15,5 +15,6 @@ __all__ = [
     "__version__",
     "backends",
     "ops",
+    "optim",
     "set_backend",
 ]

@@ -1,15 +1,14 @@
 """When masks change and what is kept: the pruning schedule around the ops."""
 
 import re
-import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from . import ops
-from .nn import MaskedConv2d, mask_convolutions
+from .nn import MaskedConv2d, following_batchnorms, mask_convolutions
 
 Feedback = Literal["straight-through", "normalized", "none"]
 _ORDS = {"l1": 1, "l2": 2}
@@ -164,15 +163,48 @@ class FilterPruner(Pruner):
                 layer.feedback = torch.full_like(layer.mask, scale, dtype=torch.float32)
         # All masks in one vector, for the op; the layers' own are written from it.
         self._mask = torch.cat([layer.mask for layer in layers.values()])
+        self._taken: tuple[Tensor, list[tuple[int, ...]]] | None = None
         super().__init__(model, layers, rate, every, until, steps_per_epoch)
+
+    @property
+    def ord(self) -> int:
+        """The importance as the ops number it."""
+        return _ORDS[self.importance]
+
+    def take_norms(self, norms: Tensor) -> None:
+        """Take the norms of the weights as they are now, so that the next update need not read the weights.
+
+        They serve until a weight changes, which its version counter tells (a write through ``.data`` it does not see).
+
+        Args:
+            norms: ``[N]`` float32 on the weights' device, as :func:`fastprune.ops.sgd_step_` writes them. Not copied.
+        """
+        self._taken = norms, self._versions()
+
+    def _versions(self) -> list[tuple[int, ...]]:
+        weights = [layer.weight for layer in self.layers.values()]
+        return [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
 
     @torch.no_grad()
     def _update(self) -> None:
         masks = list(self.masks().values())
         if self._mask.device != masks[0].device:  # the model was moved
             self._mask = torch.cat(masks)
-        ops.update_filter_masks_(self._weights(), self.rate, self._mask, _ORDS[self.importance])
+        if not self._update_from_norms():
+            ops.update_filter_masks_(self._weights(), self.rate, self._mask, self.ord)
         torch._foreach_copy_(masks, self._mask.split([mask.numel() for mask in masks]))
+
+    def _update_from_norms(self) -> bool:
+        """Write the mask from norms that are known; False if there are none, or one is NaN."""
+        if self._taken is None or self._taken[1] != self._versions():
+            return False
+        norms = self._taken[0]
+        try:
+            threshold = ops.kth_threshold(norms, int(norms.numel() * self.rate))
+        except RuntimeError:  # a NaN: measuring the weights themselves tells the layer
+            return False
+        torch.gt(norms, threshold, out=self._mask)
+        return True
 
 
 class WeightPruner(Pruner):
@@ -227,41 +259,3 @@ class WeightPruner(Pruner):
                 grads.append(torch.empty_like(layer.weight).copy_(layer.weight.grad))
         masks = ops.weight_mask(self._weights(), self.rate, self.importance, grads)
         torch._foreach_copy_(list(self.masks().values()), masks)
-
-
-def following_batchnorms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The BatchNorm that reads each convolution's output, by the convolution's name.
-
-    Read off the graph of the model (torch.fx). A model that cannot be traced is read in the order its modules are
-    registered, with a warning: the next BatchNorm of as many channels, if no other convolution comes first.
-    """
-    modules = dict(model.named_modules())
-    try:
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's code: anything may come
-        warnings.warn(
-            f"the model cannot be traced ({error}): "
-            f"the BatchNorm behind each convolution is taken from the modules' order",
-            stacklevel=3,
-        )
-        return _batchnorms_in_order(modules)
-    found = {}
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
-            for user in node.users:
-                after = modules.get(user.target) if user.op == "call_module" else None
-                if isinstance(after, nn.BatchNorm2d):
-                    found[node.target] = after
-    return found
-
-
-def _batchnorms_in_order(modules: dict[str, nn.Module]) -> dict[str, nn.BatchNorm2d]:
-    found: dict[str, nn.BatchNorm2d] = {}
-    last: tuple[str, nn.Conv2d] | None = None
-    for name, module in modules.items():
-        if isinstance(module, nn.Conv2d):
-            last = (name, module)
-        elif isinstance(module, nn.BatchNorm2d) and last and module.num_features == last[1].out_channels:
-            found[last[0]] = module
-            last = None
-    return found

@@ -54,11 +54,11 @@ def state_of(layers: str, dtype: torch.dtype = torch.float32, layout: str = "con
     return State(*made, len(cases.ALL_LAYERS[layers]))
 
 
-def expected(state: State, lr: float, scale: float = 1.0, first: bool = False, **hyper: Any) -> State:
+def expected(state: State, lr: float, inverse: float = 1.0, first: bool = False, **hyper: Any) -> State:
     """torch.optim.SGD's documented formula, in float64."""
     want = state.copy()
     for i, (param, grad, momentum) in enumerate(zip(want.params, want.grads, want.momenta)):
-        w, g, b = param.double(), grad.double() / scale, momentum.double()
+        w, g, b = param.double(), grad.double() * inverse, momentum.double()
         if hyper.get("maximize"):
             g = -g
         g = g + hyper.get("weight_decay", 0) * w
@@ -78,8 +78,8 @@ def test_steps_by_the_formula(implementation: Implementation, dtype: torch.dtype
             for arguments in ({}, {"first": True}, {"grad_scale": torch.tensor(48.0)}):
                 state = state_of(layers, dtype, layout)
                 before = state.copy()
-                scale = float(arguments.get("grad_scale", 1.0))
-                want = expected(state, 0.1, scale, "first" in arguments, **HYPER[hyper])
+                inverse = (1 / arguments.get("grad_scale", torch.tensor(1.0))).item()
+                want = expected(state, 0.1, inverse, "first" in arguments, **HYPER[hyper])
                 state.step(lr=0.1, layers=state.layers, **arguments, **HYPER[hyper])
                 for param, value in zip(state.params, want.params):
                     cases.assert_near(param, value, "params")

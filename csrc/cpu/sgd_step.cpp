@@ -173,7 +173,8 @@ void sgd_step_(Tensors params, Tensors grads, Tensors momenta, double lr, double
   if (momentum == 0 && !momenta.empty())
     fail(kOp, ": without momentum there are no momenta, got ", momenta.size());
   if (momentum != 0) check_like(params, "momenta", momenta);
-  const double scale = (maximize ? -1.0 : 1.0) / read_scalar(params, "grad_scale", grad_scale, 1);
+  const float inverse = 1 / read_scalar(params, "grad_scale", grad_scale, 1);
+  const double scale = maximize ? -inverse : inverse;
   const bool skipped = read_scalar(params, "found_inf", found_inf, 0) != 0;
   check_outputs(params, {runs.begin(), runs.begin() + layers}, mask, masked, norms);
   check_ord(kOp, ord);

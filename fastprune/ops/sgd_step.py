@@ -58,7 +58,8 @@ def sgd_step_(
 ) -> None:
     """One step of stochastic gradient descent, in place, as :class:`torch.optim.SGD` defines it.
 
-    With ``d = ±g / grad_scale + weight_decay · w`` (minus to maximize), every element of every parameter becomes
+    With ``d = ±g · s + weight_decay · w`` (minus to maximize), ``s`` the float32 nearest to ``1 / grad_scale``, every
+    element of every parameter becomes
 
     - ``w ← w − lr · d`` without momentum; with it,
     - ``b ← momentum · b + (1 − dampening) · d``, or ``b ← d`` in a first step, and then

@@ -125,7 +125,8 @@ def sgd_step_(
         params, grads, momenta, momentum, dampening, nesterov, grad_scale, found_inf, layers, mask, masked, norms, ord
     )
     sign = -1 if maximize else 1
-    scale = sign if grad_scale is None else sign / grad_scale.double().reshape(())
+    # Rounded as GradScaler rounds it.
+    scale = sign if grad_scale is None else sign * grad_scale.double().reciprocal().float().double().reshape(())
     for i, (param, grad) in enumerate(zip(params, grads)):
         w, d = param.double(), grad.double() * scale
         if weight_decay != 0:

@@ -1,0 +1,174 @@
+"""SGD in one op, which measures the filters for the next update of the masks on its way."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops.checks import count_filters, same_layout
+from .pruner import FilterPruner
+
+
+class PrunedSGD(torch.optim.Optimizer):
+    """:class:`torch.optim.SGD`, with one op for each parameter group, whatever the number of layers.
+
+    Attached to a :class:`fastprune.FilterPruner`, each step also writes the norms of all filters, and the pruner's next
+    update of the masks uses them instead of reading the weights again, unless a weight has changed in between. That
+    takes all of the pruner's weights in one parameter group, each with a gradient; otherwise the pruner reads them as
+    ever. The masked weights are not handed over to the next forward: masks may be renewed and weights changed before it
+    (an exponential average swapped in through ``.data``, for one), which no version counter would tell.
+
+    ``state_dict`` is that of :class:`torch.optim.SGD`, and each loads the other's. With :class:`torch.amp.GradScaler`,
+    gradients are unscaled as they are read and stay scaled in ``.grad``; nothing waits for the device, except for a
+    parameter's first step under a scaler.
+
+    Args:
+        params: parameters or parameter groups; float32, float64, bfloat16 or float16, each dense in memory.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as for :class:`torch.optim.SGD`.
+        pruner: whose weights are among ``params``. It is not part of the state, nor of a copy of the optimizer.
+
+    Raises:
+        ValueError: for values out of range, and for a pruner of another model.
+        TypeError: for a pruner of another kind.
+        RuntimeError: from ``step()``, for sparse gradients and parameters that are not as described.
+    """
+
+    # GradScaler leaves the scale and the verdict on Inf in `grad_scale` and `found_inf` around step().
+    _step_supports_amp_scaling = True
+    # Copies and unpickled optimizers have neither.
+    pruner: FilterPruner | None = None
+    _norms: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        pruner: FilterPruner | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+        if pruner is not None and not isinstance(pruner, FilterPruner):
+            raise TypeError(
+                f"pruner must be a FilterPruner, whose masks come of filter norms; got {type(pruner).__name__}"
+            )
+        self.pruner = pruner
+        every = {param for group in self.param_groups for param in group["params"]}
+        if pruner is not None and every.isdisjoint(layer.weight for layer in pruner.layers.values()):
+            raise ValueError("none of the pruner's weights is among params: is it the pruner of another model?")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters with settings of their own; the others are the defaults."""
+        settings = self.defaults | param_group
+        for name in ("lr", "momentum", "weight_decay"):
+            if not settings[name] >= 0:
+                raise ValueError(f"{name} must be at least 0, got {settings[name]}")
+        if settings["nesterov"] and (settings["momentum"] <= 0 or settings["dampening"] != 0):
+            raise ValueError("nesterov takes a momentum above 0 and no dampening")
+        super().add_param_group(param_group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # of states that a torch without them wrote
+            group.setdefault("nesterov", False)
+            group.setdefault("maximize", False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: if given, computes the loss and the gradients anew.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for (_, _, first), params in self._alike(group).items():
+                self._step(group, params, first)
+        return loss
+
+    def _alike(self, group: dict[str, Any]) -> dict[tuple[torch.device, torch.dtype, bool], list[Tensor]]:
+        """The group's parameters that have a gradient, in lists for one op each; the pruner's weights come first."""
+        filters = {layer.weight: i for i, layer in enumerate(self.pruner.layers.values())} if self.pruner else {}
+        alike: dict[tuple[torch.device, torch.dtype, bool], list[Tensor]] = {}
+        for param in sorted(group["params"], key=lambda param: filters.get(param, len(filters))):
+            if param.grad is not None:
+                if param.grad.is_sparse:
+                    raise RuntimeError("PrunedSGD takes no sparse gradients; use torch.optim.SGD for those parameters")
+                first = group["momentum"] != 0 and self.state.get(param, {}).get("momentum_buffer") is None
+                alike.setdefault((param.device, param.dtype, first), []).append(param)
+        return alike
+
+    def _step(self, group: dict[str, Any], params: list[Tensor], first: bool) -> None:
+        device = params[0].device
+        grad_scale, found_inf = (
+            None if scalar is None else scalar.to(device)
+            for scalar in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        )
+        if first and found_inf is not None and found_inf.item():
+            return  # the host must know: a step that is skipped leaves no momentum behind
+        momenta = self._momenta(params, first) if group["momentum"] != 0 else []
+        norms = self._norms_of(params)
+        ops.sgd_step_(
+            params,
+            [_side_by_side(param.grad, param) for param in params if param.grad is not None],
+            momenta,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=first,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            layers=0 if norms is None or self.pruner is None else len(self.pruner.layers),
+            norms=norms,
+            ord=1 if self.pruner is None else self.pruner.ord,
+        )
+        for param, momentum in zip(params, momenta):
+            self.state[param]["momentum_buffer"] = momentum
+        if norms is not None and self.pruner is not None:
+            self.pruner.take_norms(norms)
+
+    def _momenta(self, params: list[Tensor], first: bool) -> list[Tensor]:
+        if first:
+            return [torch.empty_like(param) for param in params]
+        # A checkpoint may have brought them in another layout.
+        return [_side_by_side(self.state[param]["momentum_buffer"], param) for param in params]
+
+    def _norms_of(self, params: list[Tensor]) -> Tensor | None:
+        """[N] float32 for the pruner's norms, the same each time, if these parameters begin with all of its weights."""
+        if self.pruner is None:
+            return None
+        weights = [layer.weight for layer in self.pruner.layers.values()]
+        if len(params) < len(weights) or any(a is not b for a, b in zip(weights, params)):
+            return None
+        n = count_filters(weights)
+        if self._norms is None or self._norms.shape != (n,) or self._norms.device != weights[0].device:
+            self._norms = torch.empty(n, dtype=torch.float32, device=weights[0].device)
+        return self._norms
+
+
+def _side_by_side(tensor: Tensor, param: Tensor) -> Tensor:
+    """The tensor itself if it lies in memory as the parameter does, else a copy that does."""
+    return tensor if same_layout(tensor, param) else torch.empty_like(param).copy_(tensor)
