@@ -22,16 +22,30 @@ def pytorch_masks(weights: list[Tensor], rate: float) -> Tensor:
     return scores > scores.kthvalue(int(len(scores) * rate) + 1).values
 
 
+def pytorch_norms(weights: list[Tensor]) -> Tensor:
+    """[N], mean |w| of every filter, with `torch.linalg.vector_norm`, which makes no copy of the absolute values."""
+    return torch.cat([torch.linalg.vector_norm(weight, 1, (1, 2, 3)) / weight[0].numel() for weight in weights])
+
+
 def pytorch_vector_norm_masks(weights: list[Tensor], rate: float) -> Tensor:
-    """The same with `torch.linalg.vector_norm`, which makes no copy of the absolute values."""
-    sums = [torch.linalg.vector_norm(weight, 1, (1, 2, 3)) / weight[0].numel() for weight in weights]
-    scores = torch.cat(sums)
+    """The masks by those norms."""
+    scores = pytorch_norms(weights)
     return scores > scores.kthvalue(int(len(scores) * rate) + 1).values
+
+
+def original_importances(weights: list[Tensor]) -> list[np.ndarray]:
+    """mean |w| of every filter, layer by layer in numpy."""
+    return [np.abs(weight.detach().cpu().numpy()).mean(axis=(1, 2, 3)) for weight in weights]
+
+
+def original_norms(weights: list[Tensor]) -> Tensor:
+    """The same as one [N] tensor."""
+    return torch.from_numpy(np.concatenate(original_importances(weights)))
 
 
 def original_masks(weights: list[Tensor], rate: float, masks: list[Tensor]) -> None:
     """Write the layers' masks, float32 and shaped like the weights, filter by filter."""
-    importances = [np.abs(weight.detach().cpu().numpy()).mean(axis=(1, 2, 3)) for weight in weights]
+    importances = original_importances(weights)
     scores = np.sort(np.concatenate(importances))
     threshold = scores[int(len(scores) * rate)]
     for importance, mask in zip(importances, masks):
