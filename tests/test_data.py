@@ -188,3 +188,9 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert default_root() == tmp_path / "xdg" / "fastprune"
     monkeypatch.setenv("FASTPRUNE_DATA", "~/sets")
     assert default_root() == Path("/home/someone/sets")
+
+
+def test_the_whole_set_is_no_subset() -> None:
+    images = embedded(0, train=20, test=10)
+    assert images.subset() is images
+    assert "of it 5 train" in images.subset(train=5).source

@@ -104,6 +104,8 @@ class ImageData:
         Raises:
             ValueError: a number below 1.
         """
+        if train is None and test is None:
+            return self
         train_images, train_labels = _first_shuffled(self.train_images, self.train_labels, train)
         test_images, test_labels = _first_shuffled(self.test_images, self.test_labels, test)
         return dataclasses.replace(
