@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-slow bench lint format wheel clean environment FORCE
+.PHONY: help train test test-slow test-gpu-kernels bench lint format wheel clean environment FORCE
 
 VENV ?= .venv
 ARGS ?=
@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built$(if $(FASTPRUNE_NO_EXT),-no-ext-$(FASTPRUNE_NO_EXT))$(if $(FASTPRUNE_CUDA),-cuda-$(FASTPRUNE_CUDA))
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 train: environment ## train, prune and compare: the quick recipe, a few minutes (ARGS="--epochs 3" ...)
 	@$(PY) -m fastprune.train $(QUICK_RUN) $(ARGS)
@@ -31,6 +31,9 @@ test: environment ## the tests, without the slow ones
 
 test-slow: environment ## the slow tests only
 	@$(PY) -m pytest -m slow $(ARGS)
+
+test-gpu-kernels: environment ## the CUDA kernels, executed on the CPU: all of their tests, and the executor's own
+	@$(PY) -m pytest -m "" tests/ptxrun $(ARGS)
 
 bench: environment ## every op beside its rivals
 	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)
