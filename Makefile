@@ -33,7 +33,7 @@ test-slow: environment ## the slow tests only
 	@$(PY) -m pytest -m slow $(ARGS)
 
 test-gpu-kernels: environment ## the CUDA kernels, executed on the CPU: all of their tests, and the executor's own
-	@$(PY) -m pytest -m "" tests/ptxrun $(ARGS)
+	@$(PY) -m pytest -m "" tests/test_cuda_*.py tests/ptxrun $(ARGS)
 
 bench: environment ## every op beside its rivals
 	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)

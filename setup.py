@@ -20,8 +20,8 @@ from setuptools import Extension, find_packages, setup
 # Both modules use only LibTorch's stable ABI and Python's limited API: one wheel serves every later torch and Python.
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
 PYTHON_TARGET = "0x030A0000"  # Python 3.10
-# The oldest that has bfloat16, and one whose PTX every later GPU can compile.
-CUDA_ARCHITECTURES = "8.0;9.0+PTX"
+# From the oldest that has bfloat16 on, and PTX that every later GPU can compile.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 CXX_FLAGS = [
     *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     # GCC notes that its 64-byte vectors change the calling convention; ours never cross a function that is not inlined.

@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -170,6 +171,27 @@ inline void check_filter_vector(const char* op, const char* name, const Tensor& 
   if (vector.scalar_type() != dtype || vector.dim() != 1 || vector.size(0) != n || !vector.is_contiguous())
     fail(op, ": ", name, " must be a contiguous ", dtype_name(dtype), " tensor of shape [", n,
          "] (one entry per filter), got ", dtype_name(vector.scalar_type()), " ", list(vector.sizes()));
+}
+
+inline void check_masked_weights(const char* op, int64_t filters, const Tensor& mask, ScalarType dtype,
+                                 const std::optional<Tensor>& feedback) {
+  if (!is_supported(dtype))
+    fail(op, ": dtype must be one of float32, float64, bfloat16, float16; got ", dtype_name(dtype));
+  check_filter_vector(op, "mask", mask, filters, ScalarType::Bool);
+  if (feedback) check_filter_vector(op, "feedback", *feedback, filters, ScalarType::Float);
+}
+
+// Dispatch looks at all tensors of a call together, so each may still be elsewhere.
+inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
+  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index())
+    fail(op, ": ", name, " must be on the device of the weights");
+}
+
+inline void check_scores(const char* op, const Tensor& scores, int64_t k) {
+  if (scores.dim() != 1 || scores.scalar_type() != ScalarType::Float || !scores.is_contiguous())
+    fail(op, ": scores must be a contiguous float32 vector, got ", dtype_name(scores.scalar_type()), " ",
+         list(scores.sizes()));
+  if (k < 0 || k >= scores.numel()) fail(op, ": k must be in [0, ", scores.numel(), "), got ", k);
 }
 
 inline void check_rate(const char* op, double rate) {

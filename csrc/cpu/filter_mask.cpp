@@ -80,11 +80,8 @@ Tensor filter_norms(std::vector<Tensor> weights, int64_t ord) {
 }
 
 Tensor kth_threshold(Tensor scores, int64_t k) {
-  if (scores.dim() != 1 || scores.scalar_type() != ScalarType::Float || !scores.is_contiguous())
-    fail("kth_threshold: scores must be a contiguous float32 vector, got ", dtype_name(scores.scalar_type()),
-         " ", list(scores.sizes()));
+  check_scores("kth_threshold", scores, k);
   const int64_t n = scores.numel();
-  if (k < 0 || k >= n) fail("kth_threshold: k must be in [0, ", n, "), got ", k);
   const float* values = static_cast<const float*>(scores.const_data_ptr());
   if (std::any_of(values, values + n, [](float x) { return std::isnan(x); }))
     fail("kth_threshold: scores have a NaN");

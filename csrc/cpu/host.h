@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "../check.h"
+#include "../tensor.h"
 #include "isa.h"
 
 namespace fastprune {
@@ -45,16 +46,6 @@ auto visit_dtype(ScalarType dtype, const F& f) {
     default:
       fail("expected float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
   }
-}
-
-// An uninitialised tensor with the shape and strides of `like`.
-inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(like),         from(std::optional(dtype)), from(std::nullopt),
-                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

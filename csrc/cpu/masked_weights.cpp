@@ -43,26 +43,19 @@ std::vector<Tensor> scale_filters(const std::vector<Tensor>& inputs, const std::
   return outputs;
 }
 
-const bool* check_arguments(const char* op, const std::vector<Layer>& layers, const Tensor& mask,
-                            ScalarType dtype, const std::optional<Tensor>& feedback) {
-  if (!is_supported(dtype))
-    fail(op, ": dtype must be one of float32, float64, bfloat16, float16; got ", dtype_name(dtype));
-  check_filter_vector(op, "mask", mask, count_filters(layers), ScalarType::Bool);
-  if (feedback) check_filter_vector(op, "feedback", *feedback, count_filters(layers), ScalarType::Float);
-  return static_cast<const bool*>(mask.const_data_ptr());
-}
-
 std::vector<Tensor> masked_weights(std::vector<Tensor> weights, Tensor mask, ScalarType dtype,
                                    std::optional<Tensor> feedback) {
   const auto layers = check_weights("masked_weights", weights);
-  const bool* kept = check_arguments("masked_weights", layers, mask, dtype, feedback);
+  check_masked_weights("masked_weights", count_filters(layers), mask, dtype, feedback);
+  const bool* kept = static_cast<const bool*>(mask.const_data_ptr());
   return scale_filters(weights, layers, dtype, [&](int64_t f) { return kept[f] ? 1.0f : 0.0f; });
 }
 
 std::vector<Tensor> masked_weights_backward(std::vector<Tensor> grads, Tensor mask, ScalarType dtype,
                                             std::optional<Tensor> feedback) {
   const auto layers = check_weights("masked_weights_backward", grads);
-  const bool* kept = check_arguments("masked_weights_backward", layers, mask, dtype, feedback);
+  check_masked_weights("masked_weights_backward", count_filters(layers), mask, dtype, feedback);
+  const bool* kept = static_cast<const bool*>(mask.const_data_ptr());
   const float* factors = feedback ? static_cast<const float*>(feedback->const_data_ptr()) : nullptr;
   return scale_filters(grads, layers, dtype,
                        [&](int64_t f) { return kept[f] || !factors ? 1.0f : factors[f]; });

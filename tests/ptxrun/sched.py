@@ -102,10 +102,13 @@ class Scheduler:
                     path = self.group_ready(bb, path)
                     if path is None:
                         return
-                elif path.n != S.nlive and not path.wc:
-                    path = self.warp_ready(bb, path)
-                    if path is None:
-                        return
+                else:
+                    if self.need.get(pc) is not None:
+                        self.check_members(bb, path.m)
+                    if path.n != S.nlive and not path.wc:
+                        path = self.warp_ready(bb, path)
+                        if path is None:
+                            return
             S.path = path
             S.mask = path.m
             S.full = path.n == S.nlive
@@ -198,6 +201,19 @@ class Scheduler:
         self.spun[pc] = path
 
     # ---- warp-level sync -----------------------------------------------------------------------------
+    def check_members(self, bb, m):
+        """A lane that executes a .sync instruction must be in the mask it gives."""
+        S = self.S
+        lane = np.arange(S.T, dtype=np.uint32) & 31
+        outside = m & ((self.need[bb.index] >> lane) & 1 == 0)
+        if outside.any():
+            block, thread = S.where(int(np.flatnonzero(outside)[0]))
+            ins = bb.ins[0][0]
+            raise PtxError(
+                f"PTX line {ins.line}: `{ins.text}` is executed by lanes outside its member mask "
+                f"(first: block {block} thread {thread})"
+            )
+
     def warp_ready(self, bb, path):
         """The part of `path` (with parked lanes) that may execute bb's sync instruction."""
         S = self.S

@@ -613,6 +613,20 @@ def test_unsupported_names_instruction():
         ptxrun.load(ptx).launch("k", 1, 1, [None])
 
 
+def test_lane_outside_its_member_mask():
+    text = """
+extern "C" __global__ void k(int* x) {
+    int v = x[threadIdx.x];
+    x[threadIdx.x] = __shfl_xor_sync(0x0000ffffu, v, 1);
+}
+"""
+    m = ptxrun.load(ptxrun.compile_cuda_text(text))
+    x = np.arange(32, dtype=i32)
+    m.launch("k", 1, 16, [x[:16]], **CHECK)
+    with pytest.raises(ptxrun.PtxError, match="outside its member mask.*thread .16, 0, 0."):
+        m.launch("k", 1, 32, [x], **CHECK)
+
+
 # ---- Triton -------------------------------------------------------------------------------------------
 sys.path.insert(0, os.path.join(HERE, "tests_data"))
 import triton_kernels as TK  # noqa: E402

@@ -1,0 +1,24 @@
+// Tensors through LibTorch's stable ABI, where its own headers have no function for it.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <optional>
+
+#include "check.h"
+
+namespace fastprune {
+
+// An uninitialised tensor with the shape and strides of `like`.
+inline Tensor empty_like(const Tensor& like, ScalarType dtype) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 6> stack{from(like),         from(std::optional(dtype)), from(std::nullopt),
+                                    from(std::nullopt), from(std::nullopt),         from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+}  // namespace fastprune
