@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ptxrun
+import pytest
 import torch
 from ptxrun import DevPtr
 from ptxrun.module import Module
@@ -34,6 +35,8 @@ FLAGS = ("-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION
 
 # Everything that is looked for; launches of the ops are deterministic, so any of these orders must give the same bits.
 CHECKS: dict[str, Any] = {"race": True, "race_global": "strict"}
+# Tests that run on both architectures, the second with the slow tests.
+EITHER = pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
 ORDERS: tuple[dict[str, Any], ...] = (
     {},
     {"block_order": "reverse", "atomic_order": "reverse", "batch": 1},
@@ -132,6 +135,11 @@ def budget(op: str, arch: str) -> dict[str, Budget]:
         assert registers, report
         budgets[name] = Budget(int(registers[1]), int(shared[1]) if shared else 0, local, ptx)
     return budgets
+
+
+def wide(ptx: str, instruction: str) -> list[str]:
+    """The accesses of 16 bytes among a kernel's loads or stores."""
+    return re.findall(rf"\b{re.escape(instruction)}\.(?:v4\.\w32|v2\.\w64)\b", ptx)
 
 
 class _Run(ctypes.Structure):
@@ -240,7 +248,8 @@ class Device:
 
     def get(self, pointer: DevPtr, like: Tensor, dtype: torch.dtype) -> Tensor:
         """A tensor with the shape and strides of ``like``, every byte of which was written."""
-        assert self.memory.unwritten(pointer, pointer.nbytes) == 0
+        missing = self.memory.unwritten(pointer, pointer.nbytes)
+        assert missing == 0, f"{missing} of {pointer.nbytes} bytes were not written"
         flat = torch.from_numpy(pointer.read()).view(dtype)
         return flat.as_strided(like.shape, like.stride())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import cases
@@ -12,7 +13,7 @@ import cuda_kernels as cuda
 import numpy as np
 import pytest
 import torch
-from cuda_kernels import ARCHITECTURES, CHECKS, ORDERS
+from cuda_kernels import ARCHITECTURES, CHECKS, EITHER, ORDERS
 from ptxrun import Out, PtxError
 from torch import Tensor
 
@@ -134,7 +135,7 @@ def test_special_values(dtype: torch.dtype) -> None:
     assert torch.equal(call(weights).scores, expected_norms(weights, 1).float())
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@EITHER
 def test_bits_do_not_depend_on_the_order_of_blocks_and_atomics(arch: str) -> None:
     weights = cases.random_weights([*LAYERS["many-filters"], *LAYERS["whole-block"]])
     first, *others = [call(weights, 0.6, arch=arch, **order) for order in ORDERS]
@@ -182,6 +183,18 @@ def test_layers_beyond_the_large_table_take_another_launch_and_one_mask() -> Non
     assert torch.equal(outcome.mask, whole.mask)
 
 
+def test_too_many_filters_are_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"at most \d+ filters"):
+        cuda.plan([(0, 0, 2**30, 1), (0, 0, 2**30, 1)], 4, 0)
+
+
+@pytest.mark.parametrize("op", ["filter_norms", "kth_threshold", "filter_mask", "update_filter_masks_"])
+def test_serves_cuda_where_it_was_built(op: str) -> None:
+    built = torch.version.cuda is not None and find_spec("fastprune._cuda") is not None
+    (serving,) = (row for row in ops.backends() if (row.op, row.device) == (op, "cuda"))
+    assert serving.implementation == ("cuda" if built else "reference")
+
+
 def kth(scores: Tensor, k: int, arch: str = "sm_80", **options: Any) -> float:
     out = np.zeros(1, np.float32)
     loaded = cuda.module("filter_mask", arch)
@@ -190,7 +203,7 @@ def kth(scores: Tensor, k: int, arch: str = "sm_80", **options: Any) -> float:
     return float(out[0])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@EITHER
 def test_kth_threshold(arch: str) -> None:
     generator = torch.Generator().manual_seed(3)
     many = torch.randn(3001, generator=generator)
@@ -227,7 +240,7 @@ def test_bytes_of_resnet50(dtype: torch.dtype) -> None:
     assert stats.bank_conflicts <= 0.05 * stats.shared_wavefronts
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@EITHER
 def test_budget(arch: str) -> None:
     budget = cuda.budget("filter_mask", arch)
     assert len(budget) == 2 * 4 + 1
@@ -237,7 +250,7 @@ def test_budget(arch: str) -> None:
         assert kernel.shared_bytes <= 34 * 1024
         if "filter_mask_kernel" in name:
             # Four vectors in flight, for both orders of the norm.
-            assert kernel.ptx.count("ld.global.nc.v4") >= 8, name
+            assert len(cuda.wide(kernel.ptx, "ld.global.nc")) >= 8
 
 
 # name: (what must be reported, file, text, what it becomes)

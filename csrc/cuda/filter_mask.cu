@@ -173,8 +173,8 @@ Tensor filter_norms(std::vector<Tensor> weights, int64_t ord) {
 
 Tensor kth_threshold(Tensor scores, int64_t k) {
   check_scores("kth_threshold", scores, k);
-  if (scores.numel() > INT32_MAX)
-    fail("kth_threshold: at most 2^31 - 1 scores on CUDA, got ", scores.numel());
+  if (scores.numel() > kMostFilters)
+    fail("kth_threshold: at most ", kMostFilters, " scores on CUDA, got ", scores.numel());
   const DeviceGuard guard(scores.get_device_index());
   Tensor threshold = torch::stable::new_empty(scores, {});
   kth_threshold_kernel<<<1, kThreads, 0, current_stream(scores)>>>(

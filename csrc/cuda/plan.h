@@ -17,6 +17,9 @@ inline constexpr int64_t kVectorBytes = 16;  // the widest access of one thread
 // A filter with more vectors than this is worked on by a block, not by a warp or a part of one.
 inline constexpr int64_t kWarpVectors = 2048;
 
+// Indices of filters are 32 bits, in steps of a block's threads too.
+inline constexpr int64_t kMostFilters = INT32_MAX - kThreads;
+
 // The table of layers is a kernel parameter: no copy, no allocation, and a CUDA graph captures it by value.
 // Parameters may be 4 KB, and 32 KB since CUDA 12.1; few models have so many layers that they need more.
 inline constexpr int32_t kSmallTable = 96;
@@ -83,8 +86,9 @@ inline Plan make_plan(const std::vector<Run>& runs, int64_t in_bytes, int64_t ou
   plan.capacity = static_cast<int64_t>(runs.size()) <= small_table ? small_table : large_table;
   plan.layers.reserve(runs.size());
   for (const Run& run : runs) {
-    if (run.filters > INT32_MAX - plan.filters)
-      throw std::runtime_error("fastprune: a model may have at most 2^31 - 1 filters on CUDA");
+    if (run.filters > kMostFilters - plan.filters)
+      throw std::runtime_error("fastprune: a model may have at most " + std::to_string(kMostFilters) +
+                               " filters on CUDA");
     if (plan.launches.empty() || plan.launches.back().count == plan.capacity)
       plan.launches.push_back({static_cast<int64_t>(plan.layers.size()), 0, 0});
     Launch& launch = plan.launches.back();

@@ -59,7 +59,8 @@ template <class T, int Width>
 __device__ void store(T* to, const Vector<T, Width>& vector) {
   Word<sizeof(vector)> word;
   memcpy(&word, &vector, sizeof(vector));
-  *reinterpret_cast<Word<sizeof(vector)>*>(to) = word;
+  // Spelled out, since the compiler may split an assignment into stores of single elements.
+  __stcg(reinterpret_cast<Word<sizeof(vector)>*>(to), word);
 }
 
 // To the type of arithmetic: float64 for float64, else float32.

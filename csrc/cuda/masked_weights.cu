@@ -1,0 +1,121 @@
+// masked_weights and its backward: contracts in fastprune/ops/masked_weights.py.
+#include "launch.cuh"
+#include "vector.cuh"
+
+namespace fastprune::cuda {
+namespace {
+
+// 42 registers at most, 48 warps on every multiprocessor since sm_80; float64 needs more.
+template <class In>
+constexpr int32_t kBlocksPerSm = sizeof(In) == 8 ? 2 : 3;
+constexpr int32_t kInFlight = 4;  // vectors that a thread asks for before it waits for the first
+
+// Filter f is multiplied by 1 if kept, else by its feedback, or by `pruned` where there is no feedback.
+struct Factors {
+  const bool* mask;
+  const float* feedback;  // or null
+  float pruned;
+};
+
+// factor · from, rounded once to Out.
+template <class Out, class In, int Width>
+__device__ Vector<Out, Width> scale(const Vector<In, Width>& from, float factor) {
+  Vector<Out, Width> to;
+#pragma unroll
+  for (int32_t i = 0; i < Width; ++i)
+    to.x[i] = narrow<Out>(widen(from.x[i]) * static_cast<decltype(widen(In{}))>(factor));
+  return to;
+}
+
+// out[k] = factor · in[k], `Width` elements at a time; where the factor is 0, zeros
+// without reading the filter.
+template <int Width, class In, class Out>
+__device__ void scale_row(const In* in, Out* out, int64_t size, float factor, int32_t lane, int32_t lanes) {
+  if (factor == 0) {
+    const Vector<Out, Width> zeros{};
+    for (int64_t k = lane * Width; k < size; k += lanes * Width) store(out + k, zeros);
+    return;
+  }
+  const int64_t step = int64_t{lanes} * Width;
+  int64_t k = lane * Width;
+  for (; k + (kInFlight - 1) * step < size; k += kInFlight * step) {
+    Vector<In, Width> from[kInFlight];
+#pragma unroll
+    for (int32_t j = 0; j < kInFlight; ++j) from[j] = load<Width>(in + k + j * step);
+#pragma unroll
+    for (int32_t j = 0; j < kInFlight; ++j) store(out + k + j * step, scale<Out>(from[j], factor));
+  }
+  for (; k < size; k += step) store(out + k, scale<Out>(load<Width>(in + k), factor));
+}
+
+template <class In, class Out, int32_t Capacity>
+__global__ __launch_bounds__(kThreads, kBlocksPerSm<In>) void masked_weights_kernel(
+    const __grid_constant__ Table<Capacity> table, Factors factors) {
+  constexpr int32_t kWidth = kVectorBytes / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
+  const Place place = place_of(table, blockIdx.x, threadIdx.x);
+  const TableLayer& layer = place.layer;
+  if (place.row >= layer.filters) return;
+  const int32_t filter = layer.first + place.row;
+  const float factor = factors.mask[filter] ? 1.0f
+                       : factors.feedback   ? factors.feedback[filter]
+                                            : factors.pruned;
+  const In* in = static_cast<const In*>(layer.in) + place.row * layer.size;
+  Out* out = static_cast<Out*>(layer.out) + place.row * layer.size;
+  if (layer.aligned)
+    scale_row<kWidth>(in, out, layer.size, factor, place.lane, place.lanes);
+  else
+    scale_row<1>(in, out, layer.size, factor, place.lane, place.lanes);
+}
+
+std::vector<Tensor> scale_filters(const char* op, const std::vector<Tensor>& inputs, const Tensor& mask,
+                                  ScalarType dtype, const std::optional<Tensor>& feedback, bool backward) {
+  const auto layers = check_weights(op, inputs);
+  check_masked_weights(op, count_filters(layers), mask, dtype, feedback);
+  if (inputs.empty()) return {};
+  check_same_device(op, "mask", mask, inputs[0]);
+  if (feedback) check_same_device(op, "feedback", *feedback, inputs[0]);
+  const DeviceGuard guard(inputs[0].get_device_index());
+  std::vector<Tensor> outputs;
+  std::vector<Run> runs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    outputs.push_back(empty_like(inputs[i], dtype));
+    runs.push_back({layers[i].data, outputs[i].mutable_data_ptr(), layers[i].filters, layers[i].size});
+  }
+  const Factors factors{
+      static_cast<const bool*>(mask.const_data_ptr()),
+      backward && feedback ? static_cast<const float*>(feedback->const_data_ptr()) : nullptr,
+      backward ? 1.0f : 0.0f,
+  };
+  const cudaStream_t stream = current_stream(inputs[0]);
+  const Plan plan = make_plan(runs, inputs[0].element_size(), outputs[0].element_size());
+  visit_dtype(inputs[0].scalar_type(), [&](auto in_type) {
+    visit_dtype(dtype, [&](auto out_type) {
+      using In = typename decltype(in_type)::type;
+      using Out = typename decltype(out_type)::type;
+      for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
+        masked_weights_kernel<In, Out, Capacity>
+            <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, factors);
+      });
+    });
+  });
+  return outputs;
+}
+
+std::vector<Tensor> masked_weights(std::vector<Tensor> weights, Tensor mask, ScalarType dtype,
+                                   std::optional<Tensor> feedback) {
+  return scale_filters("masked_weights", weights, mask, dtype, feedback, false);
+}
+
+std::vector<Tensor> masked_weights_backward(std::vector<Tensor> grads, Tensor mask, ScalarType dtype,
+                                            std::optional<Tensor> feedback) {
+  return scale_filters("masked_weights_backward", grads, mask, dtype, feedback, true);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) {
+  library.impl("masked_weights", TORCH_BOX(&masked_weights));
+  library.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
+}
+
+}  // namespace fastprune::cuda
