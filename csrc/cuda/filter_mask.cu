@@ -11,7 +11,7 @@ namespace {
 
 // 42 registers and 34 KB of shared memory at most: 48 warps on every multiprocessor since sm_80.
 constexpr int32_t kBlocksPerSm = 3;
-constexpr int32_t kSums = 4;  // of a thread, so that additions do not wait for each other
+constexpr int32_t kSums = 2;  // of a thread, so that additions wait less for each other
 
 // A sum of float32 values as exact as one in float64, but at the rate of float32: what an addition rounds
 // away is added up too (Knuth's TwoSum).
@@ -37,6 +37,9 @@ struct DoubleSum {
   __device__ double value() const { return sum; }
 };
 
+template <class T>
+using SumOf = std::conditional_t<std::is_same_v<T, double>, DoubleSum, CompensatedSum>;
+
 template <int Ord, class Sum, class X>
 __device__ void accumulate(Sum& sum, X x) {
   if constexpr (Ord == 1)
@@ -52,7 +55,9 @@ __device__ double sum_part(const T* row, int64_t size, bool aligned, int32_t lan
   constexpr int32_t kWidth = kVectorBytes / sizeof(T);
   Sum sums[kSums];
   if (aligned) {
-#pragma unroll 4
+    // Not the second, rare way of summing: it would cost registers.
+    constexpr int32_t kUnroll = std::is_same_v<Sum, SumOf<T>> ? 4 : 1;
+#pragma unroll kUnroll
     for (int64_t k = lane * kWidth; k < size; k += lanes * kWidth) {
       const Vector<T, kWidth> vector = load<kWidth>(row + k);
 #pragma unroll
@@ -94,7 +99,7 @@ __device__ void write_mask(const float* scores, const Selection& to) {
   const float threshold = select(scores, to.n, to.k, FLT_MAX, scratch);
   const bool finite = !isnan(threshold);
   if (!finite && !to.fresh) return;
-#pragma unroll 8
+#pragma unroll 4
   for (int32_t i = threadIdx.x; i < to.n; i += kThreads) to.mask[i] = !finite || scores[i] > threshold;
 }
 
@@ -105,16 +110,11 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm) void filter_mask_kernel(
   const bool real = place.row < place.layer.filters;
   const int64_t size = real ? place.layer.size : 0;
   const T* row = static_cast<const T*>(place.layer.in) + (real ? place.row : 0) * place.layer.size;
-  float norm;
-  if constexpr (std::is_same_v<T, double>) {
-    norm = norm_of<DoubleSum>(row, size, place, ord);
-  } else {
-    norm = norm_of<CompensatedSum>(row, size, place, ord);
-    // The mean may be finite where the sum is too large for float32. All threads take part, whoever asked.
-    if (__syncthreads_or(!isfinite(norm))) {
-      const float wider = norm_of<DoubleSum>(row, size, place, ord);
-      if (!isfinite(norm)) norm = wider;
-    }
+  float norm = norm_of<SumOf<T>>(row, size, place, ord);
+  // The mean may be finite where the sum is too large for float32. All threads take part, whoever asked.
+  if (!std::is_same_v<T, double> && __syncthreads_or(!isfinite(norm))) {
+    const float wider = norm_of<DoubleSum>(row, size, place, ord);
+    if (!isfinite(norm)) norm = wider;
   }
   if (real && place.lane == 0) scores[place.layer.first + place.row] = norm;
   if (selection.mask != nullptr && is_last_block(selection.ticket, selection.blocks))

@@ -61,7 +61,7 @@ __device__ inline float select(const float* values, int32_t n, uint32_t rank, fl
   for (int32_t shift = 32 - kDigitBits; shift >= 0; shift -= kDigitBits) {
     for (int32_t i = threadIdx.x; i < kDigits * 32; i += kThreads) scratch.counts[i / 32][i % 32] = 0;
     __syncthreads();
-#pragma unroll 8
+#pragma unroll 4
     for (int32_t i = threadIdx.x; i < n; i += kThreads) {
       const float value = values[i];
       const uint32_t other = sort_key(value);
