@@ -183,8 +183,7 @@ inline void check_masked_weights(const char* op, int64_t filters, const Tensor& 
 
 // Dispatch looks at all tensors of a call together, so each may still be elsewhere.
 inline void check_same_device(const char* op, const char* name, const Tensor& tensor, const Tensor& like) {
-  if (tensor.is_cpu() != like.is_cpu() || tensor.get_device_index() != like.get_device_index())
-    fail(op, ": ", name, " must be on the device of the weights");
+  if (!same_device(tensor, like)) fail(op, ": ", name, " must be on the device of the weights");
 }
 
 inline void check_scores(const char* op, const Tensor& scores, int64_t k) {
