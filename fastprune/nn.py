@@ -1,8 +1,9 @@
 """Convolutions whose weights are masked, and how a model masks all of them in one op."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
@@ -52,6 +53,9 @@ def _masked(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor
         if first.feedback is not None:
             # A model moved by .half() takes its float buffers along.
             feedback = torch.cat([conv.feedback for conv in convolutions if conv.feedback is not None]).float()
+        written = _written_for(convolutions, dtype)
+        if written:
+            return ops.written_masked_weights(weights, written, mask, feedback)
         return ops.masked_weights(weights, mask, dtype, feedback)
     masked = []
     for conv in convolutions:
@@ -61,6 +65,41 @@ def _masked(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor
         gate = dropped.detach() if conv.feedback is None else _scale_gradient(dropped, conv.feedback)
         masked.append((weight - gate).to(dtype))
     return masked
+
+
+# By convolution, what an optimizer wrote for its next forward, and the state of the weight and mask it was made of.
+_written: WeakKeyDictionary[MaskedConv2d, tuple[Tensor, tuple[int, ...]]] = WeakKeyDictionary()
+
+
+def take_masked_weights(convolutions: Iterable[MaskedConv2d], masked: Sequence[Tensor]) -> None:
+    """Take the masked weights as they are now, so that the next forward in their dtype need not make them.
+
+    They serve until a weight or a mask changes, which its version counter tells (a write through ``.data`` it does not
+    see). A compiled forward makes its own.
+
+    Args:
+        convolutions: masked by filter.
+        masked: one for each, as :func:`fastprune.ops.sgd_step_` writes them. Not copied.
+    """
+    for conv, tensor in zip(convolutions, masked, strict=True):
+        _written[conv] = tensor, _state(conv)
+
+
+def _state(conv: MaskedConv2d) -> tuple[int, ...]:
+    return tuple(part for x in (conv.weight, conv.mask) for part in (id(x), x.data_ptr(), x._version))
+
+
+def _written_for(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor]:
+    """The masked weights that an optimizer wrote, if they are still right for all of these; else none."""
+    if torch.compiler.is_compiling():
+        return []
+    found = []
+    for conv in convolutions:
+        tensor, state = _written.get(conv, (None, None))
+        if tensor is None or tensor.dtype != dtype or state != _state(conv):
+            return []
+        found.append(tensor)
+    return found
 
 
 def _scale_gradient(dropped: Tensor, feedback: Tensor) -> Tensor:

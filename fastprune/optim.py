@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.checks import count_filters, same_layout
+from .nn import take_masked_weights
+from .ops.checks import DTYPES, count_filters, same_layout
 from .pruner import FilterPruner
 
 
@@ -17,8 +18,8 @@ class PrunedSGD(torch.optim.Optimizer):
     Attached to a :class:`fastprune.FilterPruner`, each step also writes the norms of all filters, and the pruner's next
     update of the masks uses them instead of reading the weights again, unless a weight has changed in between. That
     takes all of the pruner's weights in one parameter group, each with a gradient; otherwise the pruner reads them as
-    ever. The masked weights are not handed over to the next forward: masks may be renewed and weights changed before it
-    (an exponential average swapped in through ``.data``, for one), which no version counter would tell.
+    ever. With ``masked_dtype``, it writes the masked weights for the next forward too, which then makes none, unless a
+    weight or mask has changed in between.
 
     ``state_dict`` is that of :class:`torch.optim.SGD`, and each loads the other's. With :class:`torch.amp.GradScaler`,
     gradients are unscaled as they are read and stay scaled in ``.grad``; nothing waits for the device, except for a
@@ -28,6 +29,9 @@ class PrunedSGD(torch.optim.Optimizer):
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, each dense in memory.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as for :class:`torch.optim.SGD`.
         pruner: whose weights are among ``params``. It is not part of the state, nor of a copy of the optimizer.
+        masked_dtype: the dtype in which the model computes (autocast's, or that of the weights). Give it only where
+            weights change between ``step()`` and the next forward in ways that their version counters tell, not through
+            ``.data`` (as some exponential averages are swapped in). None: the forward masks the weights.
 
     Raises:
         ValueError: for values out of range, and for a pruner of another model.
@@ -39,7 +43,9 @@ class PrunedSGD(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
     # Copies and unpickled optimizers have neither.
     pruner: FilterPruner | None = None
+    masked_dtype: torch.dtype | None = None
     _norms: Tensor | None = None
+    _masked: list[Tensor] | None = None
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class PrunedSGD(torch.optim.Optimizer):
         *,
         maximize: bool = False,
         pruner: FilterPruner | None = None,
+        masked_dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -66,7 +73,11 @@ class PrunedSGD(torch.optim.Optimizer):
             raise TypeError(
                 f"pruner must be a FilterPruner, whose masks come of filter norms; got {type(pruner).__name__}"
             )
-        self.pruner = pruner
+        if masked_dtype is not None and (pruner is None or masked_dtype not in DTYPES):
+            raise ValueError(
+                f"masked_dtype takes a pruner, and one of float32, float64, bfloat16, float16; got {masked_dtype}"
+            )
+        self.pruner, self.masked_dtype = pruner, masked_dtype
         every = {param for group in self.param_groups for param in group["params"]}
         if pruner is not None and every.isdisjoint(layer.weight for layer in pruner.layers.values()):
             raise ValueError("none of the pruner's weights is among params: is it the pruner of another model?")
@@ -128,6 +139,8 @@ class PrunedSGD(torch.optim.Optimizer):
             return  # the host must know: a step that is skipped leaves no momentum behind
         momenta = self._momenta(params, first) if group["momentum"] != 0 else []
         norms = self._norms_of(params)
+        layers = [] if norms is None or self.pruner is None else list(self.pruner.layers.values())
+        masked = self._masked_of(params[: len(layers)])
         ops.sgd_step_(
             params,
             [_side_by_side(param.grad, param) for param in params if param.grad is not None],
@@ -141,7 +154,9 @@ class PrunedSGD(torch.optim.Optimizer):
             first=first,
             grad_scale=grad_scale,
             found_inf=found_inf,
-            layers=0 if norms is None or self.pruner is None else len(self.pruner.layers),
+            layers=len(layers),
+            mask=torch.cat([layer.mask for layer in layers]) if masked else None,
+            masked=masked,
             norms=norms,
             ord=1 if self.pruner is None else self.pruner.ord,
         )
@@ -149,6 +164,8 @@ class PrunedSGD(torch.optim.Optimizer):
             self.state[param]["momentum_buffer"] = momentum
         if norms is not None and self.pruner is not None:
             self.pruner.take_norms(norms)
+        if masked:
+            take_masked_weights(layers, masked)
 
     def _momenta(self, params: list[Tensor], first: bool) -> list[Tensor]:
         if first:
@@ -167,6 +184,18 @@ class PrunedSGD(torch.optim.Optimizer):
         if self._norms is None or self._norms.shape != (n,) or self._norms.device != weights[0].device:
             self._norms = torch.empty(n, dtype=torch.float32, device=weights[0].device)
         return self._norms
+
+    def _masked_of(self, weights: list[Tensor]) -> list[Tensor]:
+        """Tensors for the masked weights, the same each time."""
+        if self.masked_dtype is None or not weights:
+            return []
+        fits = self._masked is not None and all(
+            masked.device == weight.device and same_layout(masked, weight)
+            for masked, weight in zip(self._masked, weights)
+        )
+        if self._masked is None or not fits:
+            self._masked = [torch.empty_like(weight, dtype=self.masked_dtype) for weight in weights]
+        return self._masked
 
 
 def _side_by_side(tensor: Tensor, param: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from . import data, models
 from .data import ImageData
 from .decorrelation import Decorrelation
+from .optim import PrunedSGD
 from .pruner import FilterPruner, Pruner, WeightPruner
 from .recipes import Config
 from .schedule import learning_rate
@@ -80,12 +81,16 @@ class Trainer:
             self.decorrelation = Decorrelation(
                 self.model, config.decorrelation, config.alpha, config.include_diagonal, config.include_pruned
             )
-        self.optimizer = torch.optim.SGD(
+        filters = self.pruner if isinstance(self.pruner, FilterPruner) else None
+        self.optimizer = PrunedSGD(
             self.model.parameters(),
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.nesterov,
             weight_decay=config.weight_decay,
+            pruner=filters,
+            # Nothing here writes weights through .data. A compiled forward masks them itself.
+            masked_dtype=_DTYPES[config.precision] if filters and not config.compile else None,
         )
         self.scaler = torch.amp.GradScaler(name, enabled=config.precision == "fp16")
         self.forward = torch.compile(self.model) if config.compile else self.model

@@ -76,6 +76,20 @@ def weights_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return reads
 
 
+@pytest.fixture
+def weights_masked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one whenever a forward masks the weights itself."""
+    calls: list[int] = []
+    mask = ops.masked_weights
+
+    def counted(*arguments: Any) -> list[Tensor]:
+        calls.append(1)
+        return mask(*arguments)
+
+    monkeypatch.setattr(ops, "masked_weights", counted)
+    return calls
+
+
 # --------------------------------------------------------------------------------------------- with a pruner
 
 
@@ -115,6 +129,72 @@ def test_one_op_steps_everything() -> None:
         assert "aten::copy_" not in counts or ops.cpu_isas() == ()
 
 
+@pytest.mark.parametrize("feedback", ["none", "normalized"])
+def test_written_masked_weights_train_the_same_network(
+    registered: Implementation, weights_masked: list[int], feedback: str
+) -> None:
+    models = [network(), network()]
+    pruners = [FilterPruner(model, 0.4, every=4, feedback=feedback) for model in models]
+    dtypes = (torch.float64, None)
+    optimizers = [
+        PrunedSGD(model.parameters(), **HYPER, pruner=pruner, masked_dtype=dtype)
+        for model, pruner, dtype in zip(models, pruners, dtypes)
+    ]
+    masked = []
+    for step in range(20):
+        for model, pruner, optimizer in zip(models, pruners, optimizers):
+            del weights_masked[:]
+            backward(model, step)
+            masked.append(len(weights_masked))
+            optimizer.step()
+            pruner.step()
+    # Nothing is written before the first step, nor kept where new masks came after it; the other always masks.
+    assert masked[::2] == [int(step == 0 or step % 4 == 3) for step in range(20)]
+    assert masked[1::2] == [1] * 20
+    assert_equal(*models, rtol=0, atol=0)
+
+
+def test_written_masked_weights_serve_autocast(weights_masked: list[int]) -> None:
+    model = layered().float()
+    pruner = FilterPruner(model, 0.4, every=1)
+    optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=pruner, masked_dtype=torch.bfloat16)
+    images = torch.randn(4, 3, 8, 8)
+    pruner.step()
+    model(images).sum().backward()
+    optimizer.step()
+    del weights_masked[:]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            written = model(images)
+        assert not weights_masked
+        with torch.no_grad():
+            model[0].weight.mul_(1)  # the same, but who knows
+            assert torch.equal(model(images), written)
+        assert len(weights_masked) == 1
+    optimizer.step()
+    model(images)
+    assert len(weights_masked) == 2  # another dtype than was written
+
+
+def test_written_masked_weights_are_not_overwritten_unseen() -> None:
+    model = layered()
+    optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=FilterPruner(model, 0.4), masked_dtype=torch.float64)
+    backward(model, 0)
+    optimizer.step()
+    loss = model(torch.randn(8, 3, 8, 8, dtype=torch.float64)).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_masked_dtype_takes_a_pruner_and_a_float() -> None:
+    model = layered()
+    with pytest.raises(ValueError, match="masked_dtype takes a pruner"):
+        PrunedSGD(model.parameters(), masked_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"got torch\.int8"):
+        PrunedSGD(model.parameters(), pruner=FilterPruner(model, 0.4), masked_dtype=torch.int8)
+
+
 CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
     "by hand": lambda model: model[0].weight.requires_grad_(False).mul_(torch.rand(8, 1, 1, 1)).requires_grad_(),
     "loaded": lambda model: model.load_state_dict(layered(seed=1).state_dict(), strict=False),
@@ -140,6 +220,22 @@ def test_norms_of_weights_that_changed_are_not_used(change: str, weights_read: l
     assert weights_read
     weights = [layer.weight.detach() for layer in pruner.layers.values()]
     assert torch.equal(torch.cat(list(pruner.masks().values())), ops.filter_mask(weights, 0.4))
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "masked"])
+def test_masked_weights_of_what_changed_are_not_used(change: str, weights_masked: list[int]) -> None:
+    model = layered()
+    pruner = FilterPruner(model, 0.4)
+    optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=pruner, masked_dtype=torch.float64)
+    backward(model, 0)
+    optimizer.step()
+    del weights_masked[:]
+    backward(model, 1)
+    assert not weights_masked
+    with torch.no_grad():
+        model[0].mask.logical_not_() if change == "masked" else CHANGES[change](model)
+    backward(model, 1)
+    assert weights_masked
 
 
 def test_a_nan_still_names_its_layer() -> None:

@@ -89,3 +89,14 @@ def check_ord(op: str, ord: int) -> None:
     """Raise unless ``ord`` is 1 or 2."""
     if ord not in (1, 2):
         raise RuntimeError(f"{op}: ord must be 1 (mean |w|) or 2 (mean w^2), got {ord}")
+
+
+def check_scores(op: str, scores: Tensor, k: int) -> None:
+    """Raise unless ``scores`` is a contiguous float32 vector that has a ``k``-th value."""
+    if scores.dim() != 1 or scores.dtype != torch.float32 or not scores.is_contiguous():
+        raise RuntimeError(
+            f"{op}: scores must be a contiguous float32 vector, "
+            f"got {str(scores.dtype).removeprefix('torch.')} {list(scores.shape)}"
+        )
+    if not 0 <= k < scores.numel():
+        raise RuntimeError(f"{op}: k must be in [0, {scores.numel()}), got {k}")

@@ -27,7 +27,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     ctx.dtype = weights[0].dtype
 
 
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
     mask, feedback = ctx.saved_tensors
     # Gradients may arrive in any layout (a convolution's backward chooses); the op wants filter-major ones.
     grads = [grad if is_filter_major(grad) else grad.contiguous() for grad in grads]
@@ -65,3 +65,34 @@ def masked_weights(
     if not weights:
         return []
     return torch.ops.fastprune.masked_weights(weights, mask, dtype or weights[0].dtype, feedback)
+
+
+class _Written(torch.autograd.Function):
+    """Masked weights that are there already, with the gradient of the op that would have made them."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, feedback: Tensor | None, layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(mask, feedback)
+        ctx.layers, ctx.dtype = layers, tensors[0].dtype
+        return tuple(masked.view_as(masked) for masked in tensors[layers:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gradients = _backward(ctx, grads)[0]
+        return None, None, None, *gradients, *[None] * ctx.layers
+
+
+def written_masked_weights(
+    weights: Sequence[Tensor], masked: Sequence[Tensor], mask: Tensor, feedback: Tensor | None = None
+) -> list[Tensor]:
+    """What :func:`masked_weights` returns, where :func:`fastprune.ops.sgd_step_` has written it already.
+
+    Args:
+        weights, mask, feedback: as for :func:`masked_weights`.
+        masked: its results, one for each of the weights. They are not copied, and must not be written to before the
+            backward that follows (autograd says so if they were).
+
+    Returns:
+        Views of ``masked`` with :func:`masked_weights`' gradient.
+    """
+    return list(_Written.apply(mask, feedback, len(weights), *weights, *masked)) if weights else []
