@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-gpu-kernels bench lint format wheel clean environment FORCE
+.PHONY: help train test test-slow test-gpu-kernels bench gpu-check lint format wheel clean environment FORCE
 
 VENV ?= .venv
 ARGS ?=
@@ -30,13 +30,17 @@ test: environment ## the tests, without the slow ones
 	@$(PY) -m pytest $(ARGS)
 
 test-slow: environment ## the slow tests only
-	@$(PY) -m pytest -m slow $(ARGS)
+	@$(PY) -m pytest -m "slow and not gpu_kernels" $(ARGS)
 
-test-gpu-kernels: environment ## the CUDA kernels, executed on the CPU: all of their tests, and the executor's own
-	@$(PY) -m pytest -m "" tests/test_cuda_*.py tests/ptxrun $(ARGS)
+test-gpu-kernels: environment ## the kernels of GPUs, executed on the CPU: interpreted, then as compiled (half an hour)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 -m "" -k triton-interpreted tests $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 -m gpu_kernels $(ARGS)
 
 bench: environment ## every op beside its rivals
 	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)
+
+gpu-check: $(INSTALLED) ## build, test and bench on a machine with a GPU; one report to send back
+	@$(PY) bench/gpu_check.py $(ARGS)
 
 lint: environment ## what .ci/run checks about the sources
 	@$(PY) -m ruff check .

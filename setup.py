@@ -39,6 +39,13 @@ def flag(name: str) -> bool | None:
     return None if value == "" else value == "1"
 
 
+def version_of(nvcc: str) -> tuple[int, int]:
+    """Major and minor of an nvcc; (0, 0) where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    return (int(release[1]), int(release[2])) if release else (0, 0)
+
+
 def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
     """The path of the nvcc that can build for this torch, or None and what is missing. No GPU is looked for."""
     from torch.utils.cpp_extension import CUDA_HOME
@@ -48,10 +55,9 @@ def find_nvcc(torch_cuda: str | None) -> tuple[str | None, str]:
     nvcc = os.path.join(CUDA_HOME or "", "bin", "nvcc")
     if not os.path.isfile(nvcc):
         return None, f"no nvcc on the PATH or in CUDA_HOME ({CUDA_HOME or 'unset'})"
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.", version)
-    if not release or release[1] != torch_cuda.split(".")[0]:
-        return None, f"{nvcc} is of CUDA {release[1] if release else '?'}, torch of {torch_cuda}"
+    major = version_of(nvcc)[0]
+    if str(major) != torch_cuda.split(".")[0]:
+        return None, f"{nvcc} is of CUDA {major or '?'}, torch of {torch_cuda}"
     return nvcc, ""
 
 
@@ -60,7 +66,11 @@ def cuda_options(nvcc: str) -> dict[str, list[str]]:
     # nvcc may be a wrapper far from its toolkit: its dry run names the toolkit's folders.
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
     folders = re.findall(r'"-L([^"]+)"', dry_run.stderr)
-    return {"libraries": ["torch_cuda", "cudart_static", "rt", "pthread", "dl"], "library_dirs": folders}
+    return {
+        "libraries": ["torch_cuda", "cudart_static", "rt", "pthread", "dl"],
+        "library_dirs": folders,
+        "nvcc_flags": ["--compress-mode=size"] if version_of(nvcc) >= (12, 8) else [],  # a tenth of the bytes
+    }
 
 
 def extension(
@@ -69,6 +79,7 @@ def extension(
     macros: Sequence[tuple[str, str | None]] = (),
     libraries: Sequence[str] = (),
     library_dirs: Sequence[str] = (),
+    nvcc_flags: Sequence[str] = (),
 ) -> Extension:
     """The extension module ``fastprune.<name>``, for torch's BuildExtension."""
     from torch.utils.cpp_extension import include_paths, library_paths
@@ -86,7 +97,7 @@ def extension(
         library_dirs=[*library_paths(), *library_dirs],
         libraries=["torch_cpu", *libraries],
         # As system headers, torch's own raise no warnings.
-        extra_compile_args={"cxx": [*CXX_FLAGS, *headers], "nvcc": [*NVCC_FLAGS, *headers]},
+        extra_compile_args={"cxx": [*CXX_FLAGS, *headers], "nvcc": [*NVCC_FLAGS, *nvcc_flags, *headers]},
         # The headers: what setuptools looks at before it builds again, and what goes into a source distribution.
         depends=sorted(path for kind in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True)),
         language="c++",

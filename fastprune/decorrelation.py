@@ -10,6 +10,7 @@ from . import ops
 from .nn import MaskedConv2d, is_ignored
 
 Kind = Literal["covariance", "kernel-covariance", "correlation", "orthogonality"]
+Precision = Literal["highest", "high", "medium"]
 
 
 class Decorrelation:
@@ -22,9 +23,10 @@ class Decorrelation:
         include_diagonal: whether the covariances count variances.
         include_pruned: False restricts it to the filters that masks keep.
         ignore: names or modules to leave out, as for :func:`fastprune.nn.mask_convolutions`.
+        precision: of products of matrices, see :func:`fastprune.ops.decorrelation`.
 
     Raises:
-        ValueError: for an unknown kind, a negative alpha, or a model without convolutions.
+        ValueError: for an unknown kind or precision, a negative alpha, or a model without convolutions.
     """
 
     def __init__(
@@ -35,13 +37,16 @@ class Decorrelation:
         include_diagonal: bool = True,
         include_pruned: bool = True,
         ignore: Iterable[str | nn.Module] = (),
+        precision: Precision = "highest",
     ) -> None:
         if kind not in ops.DECORRELATION_KINDS:
             raise ValueError(f"kind must be one of {', '.join(ops.DECORRELATION_KINDS)}; got {kind!r}")
         if not alpha >= 0:
             raise ValueError(f"alpha must not be negative, got {alpha}")
+        if precision not in ops.PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(ops.PRECISIONS)}; got {precision!r}")
         ignore = list(ignore)
-        self.kind, self.alpha = kind, alpha
+        self.kind, self.alpha, self.precision = kind, alpha, precision
         self.include_diagonal, self.include_pruned = include_diagonal, include_pruned
         self.layers = [
             module
@@ -58,7 +63,8 @@ class Decorrelation:
     def penalty(self) -> Tensor:
         """``R``, a scalar with a gradient."""
         mask = None if self.include_pruned else torch.cat([self._filter_mask(layer) for layer in self.layers])
-        return ops.decorrelation([layer.weight for layer in self.layers], self.kind, self.include_diagonal, mask)
+        weights = [layer.weight for layer in self.layers]
+        return ops.decorrelation(weights, self.kind, self.include_diagonal, mask, self.precision)
 
     @staticmethod
     def _filter_mask(layer: nn.Conv2d) -> Tensor:

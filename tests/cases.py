@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
+import on_gpu
+import simulated
 import torch
 from torch import Tensor
 
 from fastprune import models, ops
 
+GPU_KINDS = ("cuda", "triton")
+ARCHITECTURES = ("sm_80", "sm_90")
+
 
 @dataclass(frozen=True)
 class Implementation:
-    """What a test runs: a backend on a device and, for the compiled CPU ops, an instruction set."""
+    """What a test runs: a backend and, for the compiled CPU ops, an instruction set, or the kernels of a GPU.
+
+    The tests give all of them tensors of the CPU.
+    """
 
     name: str
     backend: str
-    device: str = "cpu"
     isa: str | None = None
+    gpu: tuple[str, str] | None = None  # the kernels of `cuda` or `triton`, and for which architecture, or `gpu`
 
 
 REFERENCE = Implementation("reference", "reference")
 COMPILED = [Implementation(f"cpu-{isa}", "cpp", isa=isa) for isa in ops.cpu_isas()]
-IMPLEMENTATIONS = [REFERENCE, *COMPILED]
+HOST = [REFERENCE, *COMPILED]
 # For what does not depend on the instruction set: how the ops are registered.
 REGISTERED = [REFERENCE, *COMPILED[-1:]]
+# Triton interprets all of a process or nothing.
+INTERPRETED = [Implementation("triton-interpreted", "triton")] if os.environ.get("TRITON_INTERPRET") == "1" else []
+# The compiled kernels of the GPU, executed on the CPU; and on a GPU where there is one.
+SIMULATED = [Implementation(f"{kind}-{arch}", "auto", gpu=(kind, arch)) for kind in GPU_KINDS for arch in ARCHITECTURES]
+ON_GPU = [Implementation(f"{kind}-gpu", "auto", gpu=(kind, "gpu")) for kind in GPU_KINDS if torch.cuda.is_available()]
 
 
 @contextmanager
@@ -38,11 +53,19 @@ def active(implementation: Implementation) -> Iterator[Implementation]:
     if implementation.isa is not None:
         ops.set_cpu_isa(implementation.isa)
     try:
-        yield implementation
+        with serving(implementation):
+            yield implementation
     finally:
         ops.set_backend(backend)
         if isa != "none":
             ops.set_cpu_isa(isa)
+
+
+def serving(implementation: Implementation) -> AbstractContextManager[Any]:
+    if implementation.gpu is None:
+        return nullcontext()
+    kind, arch = implementation.gpu
+    return on_gpu.serving(kind) if arch == "gpu" else simulated.serving(kind, simulated.Gpu(arch))
 
 
 Shapes = Sequence[tuple[int, ...]]
@@ -63,6 +86,14 @@ ALL_LAYERS = {**LAYERS, "resnet56": RESNET56}
 
 LAYOUTS = ("contiguous", "channels-last", "unaligned")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def layouts_for(implementation: Implementation, *case: object) -> Sequence[str]:
+    """Those that a case is run with: all, but one, by the case, where instruction after instruction is executed."""
+    if implementation in HOST or implementation in ON_GPU:
+        return LAYOUTS
+    return LAYOUTS[zlib.crc32(repr(case).encode()) % len(LAYOUTS) :][:1]
+
 
 # By the dtype of a result: error allowed as a share of each element, and of the largest one of the tensor.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {

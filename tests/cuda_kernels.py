@@ -11,7 +11,6 @@ import functools
 import hashlib
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -23,14 +22,13 @@ from typing import Any
 import ptxrun
 import pytest
 import torch
-from ptxrun import DevPtr
+from ptxrun import NVCC, DevPtr
 from ptxrun.module import Module
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
-NVCC = os.environ.get("PTXRUN_NVCC", "nvcc")
 FLAGS = ("-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 
 # Everything that is looked for; launches of the ops are deterministic, so any of these orders must give the same bits.
@@ -67,7 +65,7 @@ def _run(command: Sequence[str | Path]) -> str:
 
 @functools.cache
 def _nvcc_version() -> str:
-    assert shutil.which(NVCC), f"the tests of the CUDA kernels need nvcc ({NVCC} is not on the PATH)"
+    assert NVCC, "the tests of the CUDA kernels need nvcc: on the PATH, or from pip install '.[gpu-tests]'"
     return _run([NVCC, "--version"])
 
 
@@ -144,8 +142,7 @@ def wide(ptx: str, instruction: str) -> list[str]:
 
 class _Run(ctypes.Structure):
     _fields_ = [
-        ("in_", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
+        ("pointers", ctypes.c_void_p * 4),
         ("filters", ctypes.c_int64),
         ("size", ctypes.c_int64),
     ]
@@ -164,7 +161,7 @@ def host() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_cache(key, ".so", make)))
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name, result, arguments in (
-        ("plan", pointer, (pointer, i64, i64, i64, i32, i32, ctypes.c_char_p)),
+        ("plan", pointer, (pointer, i64, i64, i32, i32, ctypes.c_char_p)),
         ("free_plan", None, (pointer,)),
         ("filters", i64, (pointer,)),
         ("blocks", i64, (pointer,)),
@@ -197,17 +194,22 @@ class Plan:
 
 
 def plan(
-    runs: Sequence[tuple[int, int, int, int]],
+    runs: Sequence[tuple[int, ...]],
     in_bytes: int,
     out_bytes: int,
     small: int | None = None,
     large: int | None = None,
 ) -> Plan:
-    """Lay out layers of (address in, address out or 0, filters, size); ``small`` and ``large`` shrink the tables."""
+    """Lay out layers of (an address or 0 for each of up to four tensors, filters, size).
+
+    ``in_bytes`` and ``out_bytes`` are of the elements that a vector is made of, the wider ones; ``small`` and ``large``
+    shrink the tables.
+    """
     library, error = host(), ctypes.create_string_buffer(256)
     limits = (small or library.small_capacity(), large or library.large_capacity())
-    array = (_Run * len(runs))(*(_Run(*run) for run in runs))
-    made = library.plan(array, len(runs), in_bytes, out_bytes, *limits, error)
+    pointers = ctypes.c_void_p * 4
+    array = (_Run * len(runs))(*(_Run(pointers(*run[:-2]), *run[-2:]) for run in runs))
+    made = library.plan(array, len(runs), max(in_bytes, out_bytes), *limits, error)
     if made is None:
         raise RuntimeError(error.value.decode())
     capacity = library.small_capacity() if small is None and len(runs) <= limits[0] else library.large_capacity()

@@ -10,13 +10,17 @@ extern "C" {
 int32_t threads() { return kThreads; }
 int32_t small_capacity() { return kSmallTable; }
 int32_t large_capacity() { return kLargeTable; }
+int32_t weight_passes() { return kWeightPasses; }
+int32_t weight_digit_shift(int32_t pass) { return kWeightDigits[pass].shift; }
+int32_t weight_digit_bits(int32_t pass) { return kWeightDigits[pass].bits; }
+int64_t weight_selection_bytes() { return sizeof(WeightSelection); }
 int64_t rank_of(int64_t filters, double rate) { return threshold_rank(filters, rate); }
 
 // Plans `count` runs; null with a message in `error` (of 256 bytes) where that is impossible.
-Plan* plan(const Run* runs, int64_t count, int64_t in_bytes, int64_t out_bytes, int32_t small_table,
-           int32_t large_table, char* error) {
+Plan* plan(const Run* runs, int64_t count, int64_t element_bytes, int32_t small_table, int32_t large_table,
+           char* error) {
   try {
-    return new Plan(make_plan({runs, runs + count}, in_bytes, out_bytes, small_table, large_table));
+    return new Plan(make_plan({runs, runs + count}, element_bytes, small_table, large_table));
   } catch (const std::exception& exception) {
     std::strncpy(error, exception.what(), 255);
     return nullptr;

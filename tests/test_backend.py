@@ -1,5 +1,6 @@
 """Which implementation serves: what is there, how it is chosen, and that the choice takes effect."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastprune
-from fastprune import ops
+from fastprune import kernels, ops
 
 WEIGHTS = [torch.randn(6, 3, 3, 3), torch.randn(5, 4)]
 WITHOUT_EXTENSION = os.environ.get("FASTPRUNE_NO_EXT") == "1"
@@ -97,11 +98,31 @@ def test_unknown_names_change_nothing() -> None:
     backend, isa, table = ops.get_backend(), ops.cpu_isa(), ops.backends()
     with pytest.raises(ValueError, match="backend must be one of auto, reference, cpp, triton; got 'cuda'"):
         ops.set_backend("cuda")
-    with pytest.raises(RuntimeError, match="backend 'triton' is not there"):
-        ops.set_backend("triton")
     with pytest.raises(ValueError, match=r"instruction set must be one of .*; got 'sse9'"):
         ops.set_cpu_isa("sse9")
     assert (ops.get_backend(), ops.cpu_isa(), ops.backends()) == (backend, isa, table)
+
+
+def test_triton_serves_cuda_when_forced() -> None:
+    backend = ops.get_backend()
+    try:
+        ops.set_backend("triton")
+        served = {(entry.device, entry.op): entry.implementation for entry in ops.backends()}
+        assert {op for device, op in served if device == "cuda"} == set(kernels.MODULES)
+        assert {name for (device, _), name in served.items() if device == "cuda"} == {"triton"}
+        assert "triton" not in {name for (device, _), name in served.items() if device == "cpu"}  # not interpreted
+    finally:
+        ops.set_backend(backend)
+
+
+@pytest.mark.parametrize("missing", ["triton", "CUDA"])
+def test_triton_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    if missing == "triton":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(RuntimeError, match=r"backend 'triton' is not there: .*(not installed|no CUDA)"):
+        ops.set_backend("triton")
 
 
 def test_gradients_follow_the_backend() -> None:

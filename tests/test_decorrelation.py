@@ -84,6 +84,8 @@ def test_bad_arguments() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     with pytest.raises(ValueError, match=r"kind must be one of covariance.*'reg_cov'"):
         Decorrelation(model, "reg_cov")
+    with pytest.raises(ValueError, match=r"precision must be one of highest, high, medium; got 'tf32'"):
+        Decorrelation(model, precision="tf32")
     with pytest.raises(ValueError, match="alpha"):
         Decorrelation(model, alpha=-1)
     with pytest.raises(ValueError, match="alpha"):

@@ -89,11 +89,15 @@ def expected_of_case(
 
 
 def penalty_and_gradients(
-    weights: list[Tensor], kind: str, include_diagonal: bool = True, mask: Tensor | None = None
+    weights: list[Tensor],
+    kind: str,
+    include_diagonal: bool = True,
+    mask: Tensor | None = None,
+    precision: str = "highest",
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The op's; the penalty is scaled before the backward, so that the incoming gradient counts."""
     leaves = [weight.detach().requires_grad_() for weight in weights]
-    penalty = ops.decorrelation(leaves, kind, include_diagonal, mask)
+    penalty = ops.decorrelation(leaves, kind, include_diagonal, mask, precision)
     gradients = torch.autograd.grad(penalty * 64, leaves)
     return penalty.detach(), tuple(gradient / 64 for gradient in gradients)
 
@@ -107,7 +111,8 @@ def test_values_and_gradients(
 ) -> None:
     shapes = cases.LAYERS[layers]
     mask = cases.random_mask(shapes) if masked else None
-    for layout, include_diagonal in zip(cases.LAYOUTS, (True, False, True)):
+    for layout in cases.layouts_for(implementation, layers, dtype, kind, masked):
+        include_diagonal = layout != "channels-last"
         weights = cases.random_weights(shapes, dtype, layout)
         penalty, gradients = penalty_and_gradients(weights, kind, include_diagonal, mask)
         want, want_gradients = expected_of_case(layers, dtype, layout, kind, include_diagonal, masked)
@@ -139,6 +144,45 @@ def test_gradcheck(implementation: Implementation, kind: str, masked: bool, incl
     assert torch.autograd.gradcheck(
         lambda *leaves: ops.decorrelation(leaves, kind, include_diagonal, mask), weights, eps=1e-7
     )
+
+
+# Of the penalty, and of the gradient by norms: the sign of a covariance near 0 is anybody's.
+PRECISIONS = {"highest": (1e-5, 1e-5), "high": (1e-3, 4e-2), "medium": (8e-3, 0.15)}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_precisions(implementation: Implementation, kind: str, precision: str) -> None:
+    of_penalty, of_gradient = PRECISIONS[precision]
+    for dtype in (torch.float32, torch.float64):
+        weights = cases.random_weights([(40, 16, 3, 3), (20, 70)], dtype)
+        penalty, gradients = penalty_and_gradients(weights, kind, False, None, precision)
+        want, want_gradients = expected(weights, kind, False, None)
+        if dtype == torch.float64:
+            cases.assert_near(penalty, want)
+        else:
+            torch.testing.assert_close(penalty.double(), want, rtol=of_penalty, atol=0)
+        for gradient, want_gradient in zip(gradients, want_gradients):
+            assert (gradient.double() - want_gradient).norm() <= of_gradient * want_gradient.norm()
+
+
+def test_signs_of_covariances_are_packed(implementation: Implementation) -> None:
+    shapes = [(37, 5, 3, 3), (16, 40), (1, 9)]
+    weights, mask = cases.random_weights(shapes), cases.random_mask(shapes)
+    mask[-1] = True
+    _, packed = torch.ops.fastprune.decorrelation(weights, "covariance", True, mask, "highest")
+    expected_words = []
+    for weight, kept in zip(weights, mask.split([37, 16, 1])):
+        rows = weight.double().flatten(1)
+        centred = (rows - rows.mean(1, keepdim=True)) * kept[:, None]
+        for i, products in enumerate((centred @ centred.T).tolist()):
+            words = [0] * ((len(products) + 15) // 16)
+            for j, product in enumerate(products):
+                code = 0 if product == 0 else 2 if i == j else 1 if product > 0 else 3
+                words[j // 16] |= code << 2 * (j % 16)
+            expected_words += words
+    assert packed.dtype == torch.int32
+    assert [word % 2**32 for word in packed.tolist()] == expected_words
 
 
 # ------------------------------------------------------------------------------------------- degenerate cases

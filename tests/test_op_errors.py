@@ -24,9 +24,9 @@ def take_weights() -> dict[str, Call]:
         "weight_mask": lambda w: fastprune.weight_mask(w, 0.5, "l1", []),
         "masked_weights": lambda w: fastprune.masked_weights(w, mask, torch.float32, None),
         "masked_weights_backward": lambda w: fastprune.masked_weights_backward(w, mask, torch.float32, None),
-        "decorrelation": lambda w: fastprune.decorrelation(w, "covariance", True, None),
+        "decorrelation": lambda w: fastprune.decorrelation(w, "covariance", True, None, "highest"),
         "decorrelation_backward": lambda w: fastprune.decorrelation_backward(
-            grad, w, torch.zeros(0, dtype=torch.int8), "covariance", True, None
+            grad, w, torch.zeros(0, dtype=torch.int32), "covariance", True, None, "highest"
         ),
     }
 
@@ -98,7 +98,7 @@ def test_wrong_masks(registered: Implementation, wrong: str) -> None:
         assert message_of(call) == f"{op}: mask " + MASK.format("bool", got)
 
 
-COVARIANCE = torch.zeros(80, dtype=torch.int8)
+COVARIANCE = torch.zeros(12, dtype=torch.int32)  # a word for each filter
 WRONG_ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
     "rate 1": (lambda: ops.filter_mask(ONES, 1.0), "filter_mask: rate must be in [0, 1), got 1"),
     "rate below 0": (lambda: ops.filter_mask(ONES, -0.25), "filter_mask: rate must be in [0, 1), got -0.25"),
@@ -123,6 +123,14 @@ WRONG_ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: ops.decorrelation(ONES, "cov"),
         "decorrelation: kind must be one of covariance, kernel-covariance, correlation, orthogonality; got cov",
     ),
+    "precision": (
+        lambda: ops.decorrelation(ONES, precision="tf32"),
+        "decorrelation: precision must be one of highest, high, medium; got tf32",
+    ),
+    "precision of the backward": (
+        lambda: fastprune.decorrelation_backward(torch.ones(()), ONES, COVARIANCE, "covariance", True, None, "low"),
+        "decorrelation_backward: precision must be one of highest, high, medium; got low",
+    ),
     "feedback": (
         lambda: ops.masked_weights(ONES, GOOD, feedback=torch.ones(12).double()),
         "masked_weights: feedback " + MASK.format("float32", "float64 [12]"),
@@ -136,12 +144,14 @@ WRONG_ARGUMENTS: dict[str, tuple[Callable[[], Any], str]] = {
         "masked_weights: dtype must be one of float32, float64, bfloat16, float16; got int32",
     ),
     "coefficients": (
-        lambda: fastprune.decorrelation_backward(torch.ones(()), ONES, COVARIANCE[:79], "covariance", True, None),
-        "decorrelation_backward: coefficients must be the forward's, int8 [80], got int8 [79]",
+        lambda: fastprune.decorrelation_backward(
+            torch.ones(()), ONES, COVARIANCE[:11], "covariance", True, None, "highest"
+        ),
+        "decorrelation_backward: coefficients must be the forward's, int32 [12], got int32 [11]",
     ),
     "grad": (
         lambda: fastprune.decorrelation_backward(
-            torch.ones((), dtype=torch.float64), ONES, COVARIANCE, "covariance", True, None
+            torch.ones((), dtype=torch.float64), ONES, COVARIANCE, "covariance", True, None, "highest"
         ),
         "decorrelation_backward: grad must be a scalar of float32, got float64 []",
     ),

@@ -100,7 +100,7 @@ def test_empty_list(implementation: Implementation) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_nan_and_inf_name_the_layer(implementation: Implementation, dtype: torch.dtype, bad: float) -> None:
+def test_nan_and_inf_name_the_layer(on_host: Implementation, dtype: torch.dtype, bad: float) -> None:
     weights = cases.random_weights([(4, 3, 3, 3), (3, 70), (5, 2)], dtype)
     weights[1][2, 69] = bad
     mask = torch.zeros(12, dtype=torch.bool)
@@ -181,7 +181,7 @@ def test_kth_threshold(implementation: Implementation, n: int) -> None:
         (torch.ones(6)[::2], 0, r"contiguous float32 vector, got float32 \[3\]"),
     ],
 )
-def test_kth_threshold_errors(implementation: Implementation, scores: Tensor, k: int, message: str) -> None:
+def test_kth_threshold_errors(on_host: Implementation, scores: Tensor, k: int, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"kth_threshold: .*{message}"):
         ops.kth_threshold(scores, k)
 

@@ -74,7 +74,7 @@ def expected(state: State, lr: float, inverse: float = 1.0, first: bool = False,
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_steps_by_the_formula(implementation: Implementation, dtype: torch.dtype, hyper: str) -> None:
     for layers in cases.LAYERS:
-        for layout in cases.LAYOUTS:
+        for layout in cases.layouts_for(implementation, layers, dtype, hyper):
             for arguments in ({}, {"first": True}, {"grad_scale": torch.tensor(48.0)}):
                 state = state_of(layers, dtype, layout)
                 before = state.copy()
@@ -138,7 +138,7 @@ def test_masked_weights_and_norms_are_those_of_the_new_weights(
     implementation: Implementation, dtype: torch.dtype, compute: torch.dtype
 ) -> None:
     for layers in cases.LAYERS:
-        for layout in cases.LAYOUTS:
+        for layout in cases.layouts_for(implementation, layers, dtype, compute):
             state, mask = state_of(layers, dtype, layout), cases.random_mask(cases.LAYERS[layers])
             masked = [torch.full_like(weight, torch.nan, dtype=compute) for weight in state.weights]
             for ord in (1, 2):

@@ -23,7 +23,7 @@ def weights(dtype: torch.dtype = torch.float32, grad: bool = False, seed: int = 
 
 
 def coefficients(kind: str, mask: Tensor | None) -> Tensor:
-    return fastprune.decorrelation(weights(), kind, True, mask)[1]
+    return fastprune.decorrelation(weights(), kind, True, mask, "highest")[1]
 
 
 # name: (op, its arguments); what is differentiable gets weights that require a gradient.
@@ -56,14 +56,14 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     **{
         f"decorrelation-{kind}": lambda kind=kind: (  # type: ignore[misc]
             fastprune.decorrelation,
-            (weights(grad=True), kind, True, cases.random_mask(SHAPES)),
+            (weights(grad=True), kind, True, cases.random_mask(SHAPES), "highest"),
         )
         for kind in KINDS
     },
     **{
         f"decorrelation_backward-{kind}": lambda kind=kind: (  # type: ignore[misc]
             fastprune.decorrelation_backward,
-            (torch.tensor(2.0), weights(), coefficients(kind, None), kind, True, None),
+            (torch.tensor(2.0), weights(), coefficients(kind, None), kind, True, None, "highest"),
         )
         for kind in KINDS
     },

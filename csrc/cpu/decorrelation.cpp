@@ -14,7 +14,7 @@ double penalty(const Problem& problem, void* coefficients) {
   using A = Accumulator<T>;
   switch (problem.kind) {
     case Kind::covariance:
-      return gram_penalty<T, A>(problem.layers, false, problem.diagonal, static_cast<int8_t*>(coefficients));
+      return gram_penalty<T, A>(problem.layers, false, problem.diagonal, static_cast<int32_t*>(coefficients));
     case Kind::correlation:
       return gram_penalty<T, A>(problem.layers, true, false, static_cast<A*>(coefficients));
     case Kind::kernel_covariance:
@@ -29,7 +29,7 @@ void gradient(const Problem& problem, double grad, const void* coefficients) {
   using A = Accumulator<T>;
   switch (problem.kind) {
     case Kind::covariance:
-      return gram_gradient<T, A>(problem.layers, false, grad, static_cast<const int8_t*>(coefficients));
+      return gram_gradient<T, A>(problem.layers, false, grad, static_cast<const int32_t*>(coefficients));
     case Kind::correlation:
       return gram_gradient<T, A>(problem.layers, true, grad, static_cast<const A*>(coefficients));
     case Kind::kernel_covariance:
@@ -45,27 +45,16 @@ void gradient(const Problem& problem, double grad, const void* coefficients) {
 
 #include <numeric>
 
+#include "../decorrelation.h"
 #include "host.h"
 
 namespace fastprune {
 
-enum class Kind { covariance, kernel_covariance, correlation, orthogonality };
-
-// Below this share of its norm, a centred filter is constant up to rounding; as in
-// fastprune/ops/reference.py.
-constexpr double kConstantFilter = 1e-6;
-
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-struct GramLayer {
-  const void* data;
-  void* gradient;             // backward only; same layout as data
-  int64_t filters, size;      // F, K
+struct GramLayer : DecorrelationLayer {
   std::vector<int32_t> rows;  // the filters that take part
-  int64_t coefficients;       // where the layer's begin
-  int64_t sizes[3];           // C, kh, kw; 1 for dimensions that are not there
-  int64_t strides[3];         // of the same
 };
 
 struct Problem {
@@ -82,54 +71,27 @@ struct Problem {
 namespace fastprune {
 namespace {
 
-Kind parse_kind(const char* op, const std::string& name) {
-  if (name == "covariance") return Kind::covariance;
-  if (name == "kernel-covariance") return Kind::kernel_covariance;
-  if (name == "correlation") return Kind::correlation;
-  if (name == "orthogonality") return Kind::orthogonality;
-  fail(op, ": kind must be one of covariance, kernel-covariance, correlation, orthogonality; got ", name);
-}
-
-Problem describe(const char* op, const std::vector<Tensor>& weights, const std::string& kind, bool diagonal,
-                 const std::optional<Tensor>& mask, int64_t* coefficients) {
-  const auto layers = check_weights(op, weights);
-  Problem problem{parse_kind(op, kind), diagonal, {}};
-  if (mask) check_filter_vector(op, "mask", *mask, count_filters(layers), ScalarType::Bool);
+Problem problem_of(const Decorrelation& call, const std::optional<Tensor>& mask) {
   const bool* kept = mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr;
-  *coefficients = 0;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    GramLayer layer{layers[i].data, nullptr, layers[i].filters, layers[i].size, {}, *coefficients, {}, {}};
+  Problem problem{call.kind, call.diagonal, {}};
+  for (const DecorrelationLayer& described : call.layers) {
+    GramLayer layer{described, {}};
     for (int64_t f = 0; f < layer.filters; ++f)
-      if (!kept || kept[layers[i].first + f]) layer.rows.push_back(static_cast<int32_t>(f));
-    for (int64_t d = 0; d < 3; ++d) {
-      const bool there = weights[i].dim() == 4 || d == 0;
-      layer.sizes[d] = there ? (weights[i].dim() == 4 ? weights[i].size(d + 1) : layer.size) : 1;
-      layer.strides[d] = weights[i].dim() == 4 ? weights[i].stride(d + 1) : 1;
-    }
-    problem.layers.push_back(layer);
-    if (problem.kind == Kind::covariance || problem.kind == Kind::correlation)
-      *coefficients += layer.filters * layer.filters;
-    else if (problem.kind == Kind::orthogonality)
-      *coefficients += 2 * layer.size;
+      if (!kept || kept[layer.first + f]) layer.rows.push_back(static_cast<int32_t>(f));
+    problem.layers.push_back(std::move(layer));
   }
   return problem;
 }
 
-ScalarType accumulator_dtype(const Tensor& weight) {
-  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-ScalarType coefficient_dtype(Kind kind, const Tensor& weight) {
-  return kind == Kind::covariance ? ScalarType::Char : accumulator_dtype(weight);
-}
-
+// Whatever the precision: products of float32 cost a CPU no more than others.
 std::tuple<Tensor, Tensor> decorrelation(std::vector<Tensor> weights, std::string kind, bool include_diagonal,
-                                         std::optional<Tensor> mask) {
-  int64_t count;
-  const Problem problem = describe("decorrelation", weights, kind, include_diagonal, mask, &count);
-  const ScalarType dtype = coefficient_dtype(problem.kind, weights[0]);
-  Tensor coefficients = mask ? torch::stable::new_zeros(weights[0], {count}, dtype)
-                             : torch::stable::new_empty(weights[0], {count}, dtype);
+                                         std::optional<Tensor> mask, std::string precision) {
+  const Decorrelation call =
+      describe_decorrelation("decorrelation", weights, kind, include_diagonal, mask, precision);
+  const Problem problem = problem_of(call, mask);
+  const ScalarType dtype = coefficient_dtype(call.kind, weights[0]);
+  Tensor coefficients = mask ? torch::stable::new_zeros(weights[0], {call.coefficients}, dtype)
+                             : torch::stable::new_empty(weights[0], {call.coefficients}, dtype);
   Tensor penalty = torch::stable::new_empty(weights[0], {}, accumulator_dtype(weights[0]));
   const double value = visit_dtype(weights[0].scalar_type(), [&](auto type) -> double {
     return FASTPRUNE_DISPATCH(template penalty<typename decltype(type)::type>, problem,
@@ -144,16 +106,11 @@ std::tuple<Tensor, Tensor> decorrelation(std::vector<Tensor> weights, std::strin
 
 std::vector<Tensor> decorrelation_backward(Tensor grad, std::vector<Tensor> weights, Tensor coefficients,
                                            std::string kind, bool include_diagonal,
-                                           std::optional<Tensor> mask) {
-  int64_t count;
-  Problem problem = describe("decorrelation_backward", weights, kind, include_diagonal, mask, &count);
-  const ScalarType dtype = coefficient_dtype(problem.kind, weights[0]);
-  if (coefficients.scalar_type() != dtype || coefficients.dim() != 1 || coefficients.size(0) != count)
-    fail("decorrelation_backward: coefficients must be the forward's, ", dtype_name(dtype), " [", count,
-         "], got ", dtype_name(coefficients.scalar_type()), " ", list(coefficients.sizes()));
-  if (grad.scalar_type() != accumulator_dtype(weights[0]) || grad.numel() != 1)
-    fail("decorrelation_backward: grad must be a scalar of ", dtype_name(accumulator_dtype(weights[0])),
-         ", got ", dtype_name(grad.scalar_type()), " ", list(grad.sizes()));
+                                           std::optional<Tensor> mask, std::string precision) {
+  const Decorrelation call =
+      describe_decorrelation("decorrelation_backward", weights, kind, include_diagonal, mask, precision);
+  check_decorrelation_backward(call, weights, grad, coefficients);
+  Problem problem = problem_of(call, mask);
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < weights.size(); ++i) {
     gradients.push_back(empty_like(weights[i], weights[i].scalar_type()));

@@ -94,13 +94,49 @@ double finish_correlation(const GramLayer& layer, A* coefficients) {
   return all;
 }
 
+// A row of signs as a covariance's coefficients, see ../decorrelation.h; bytes in little-endian order.
+inline void pack_signs(const int8_t* signs, int64_t count, int32_t* words) {
+  for (int64_t begin = 0; begin < count; begin += kEntriesPerWord) {
+    uint64_t halves[2] = {};
+    if (count - begin >= kEntriesPerWord)
+      std::memcpy(halves, signs + begin, sizeof(halves));
+    else
+      std::memcpy(halves, signs + begin, count - begin);
+    for (uint64_t& half : halves) {  // gathers the low two bits of each of eight bytes
+      half &= 0x0303030303030303;
+      half = (half | half >> 6) & 0x000F000F000F000F;
+      half = (half | half >> 12) & 0x000000FF000000FF;
+      half = (half | half >> 24) & 0xFFFF;
+    }
+    *words++ = static_cast<int32_t>(static_cast<uint32_t>(halves[0] | halves[1] << 16));
+  }
+}
+
+// The place in `out` of coefficients [first, first + count) of a packed row; whole words are unpacked.
+template <class A>
+inline const A* unpack_signs(const int32_t* words, int64_t first, int64_t count, A* out) {
+  const int64_t skipped = first % kEntriesPerWord;
+  words += first / kEntriesPerWord;
+  for (int64_t begin = 0; begin < skipped + count; begin += kEntriesPerWord) {
+    const int32_t word = *words++;
+#pragma omp simd
+    for (int32_t i = 0; i < kEntriesPerWord; ++i) {
+      const int32_t code = (word >> 2 * i) & 3;
+      out[begin + i] = static_cast<A>(code - ((code + 1) & 4));
+    }
+  }
+  return out + skipped;
+}
+
 struct PanelTask {
   size_t layer;
   int64_t row, column;  // panels
 };
 
+// C: int32_t for a covariance's packed signs, A for a correlation's coefficients.
 template <class T, class A, class C>
 double gram_penalty(const std::vector<GramLayer>& layers, bool correlation, bool diagonal, C* coefficients) {
+  constexpr bool kPacked = std::is_same_v<C, int32_t>;
   const auto packed_size = [](const GramLayer& layer) {
     return panels_of<A>(static_cast<int64_t>(layer.rows.size())) * kPanel<A> * layer.size;
   };
@@ -110,8 +146,10 @@ double gram_penalty(const std::vector<GramLayer>& layers, bool correlation, bool
     std::vector<PanelTask> packing, tiles;
     std::vector<int64_t> packed(1, 0);  // where each layer's panels start
     std::vector<std::vector<RowScale<A>>> scales;
+    std::vector<std::vector<int8_t>> signs;  // [F, F] of each layer, before they are packed
     for (size_t l = begin; l < end; ++l) {
       const int64_t panels = panels_of<A>(static_cast<int64_t>(layers[l].rows.size()));
+      if (kPacked) signs.emplace_back(layers[l].filters * layers[l].filters);
       for (int64_t i = 0; i < panels; ++i) {
         packing.push_back({l, i, 0});
         for (int64_t j = i; j < panels; ++j) tiles.push_back({l, i, j});
@@ -141,14 +179,28 @@ double gram_penalty(const std::vector<GramLayer>& layers, bool correlation, bool
     std::vector<double> shares(tiles.size());
     for_tasks(static_cast<int64_t>(tiles.size()), [&](int64_t task) {
       const auto [l, i, j] = tiles[task];
+      const auto finish = [&](const A* sums, auto* matrix) {
+        return finish_tile(layers[l], sums, i * kPanel<A>, j * kPanel<A>, count_in(l, i), count_in(l, j),
+                           correlation, diagonal, matrix);
+      };
       alignas(64) A sums[kPanel<A> * kPanel<A>];
       multiply_panels(panel_of(l, i), panel_of(l, j), layers[l].size, count_in(l, i), count_in(l, j), sums);
-      shares[task] =
-          finish_tile(layers[l], sums, i * kPanel<A>, j * kPanel<A>, count_in(l, i), count_in(l, j),
-                      correlation, diagonal, coefficients + layers[l].coefficients);
+      if constexpr (kPacked)
+        shares[task] = finish(sums, signs[l - begin].data());
+      else
+        shares[task] = finish(sums, coefficients + layers[l].coefficients);
     });
 
-    if constexpr (std::is_same_v<C, int8_t>) {
+    if constexpr (kPacked) {
+      for_tasks(static_cast<int64_t>(packing.size()), [&](int64_t task) {
+        const auto [l, panel, _] = packing[task];
+        const int64_t filters = layers[l].filters;
+        for (int64_t r = panel * kPanel<A>; r < panel * kPanel<A> + count_in(l, panel); ++r) {
+          const int64_t row = layers[l].rows[r];
+          pack_signs(signs[l - begin].data() + row * filters, filters,
+                     coefficients + layers[l].coefficients + row * words_per_row(filters));
+        }
+      });
       for (size_t t = 0; t < tiles.size(); ++t)  // in the order of the tiles, whoever computed them
         penalty += shares[t] / static_cast<double>(std::max<int64_t>(layers[tiles[t].layer].size - 1, 1));
     } else {
@@ -169,7 +221,7 @@ double gram_penalty(const std::vector<GramLayer>& layers, bool correlation, bool
 // diagonal.
 template <class C>
 double gradient_scale(const GramLayer& layer, const C* coefficients) {
-  if constexpr (std::is_same_v<C, int8_t>) {
+  if constexpr (std::is_same_v<C, int32_t>) {
     return layer.size > 1 ? 1 / static_cast<double>(layer.size - 1) : 0;
   } else {
     double squares = 0;
@@ -218,27 +270,34 @@ void gram_gradient(const std::vector<GramLayer>& layers, bool correlation, doubl
       const int64_t count = static_cast<int64_t>(layer.rows.size()), rows = count_in(l, panel);
       const C* matrix = coefficients + layer.coefficients;
       const int32_t* row = layer.rows.data() + panel * kPanel<A>;
-      const bool whole = count == layer.filters;
-      // The coefficients are symmetric: line j holds column j of this block's rows.
+      // The coefficients are symmetric: line j holds column j of this block's rows, which are among the
+      // filters from `first` on.
+      const int64_t first = row[0], range = row[rows - 1] + 1 - first;
+      std::vector<A> unpacked(range + 2 * kEntriesPerWord);
       const Aligned<A> left(count * kPanel<A>);
       for (int64_t j = 0; j < count; ++j) {
-        const C* line = matrix + layer.rows[j] * layer.filters;
-        A* out = left.data + j * kPanel<A>;
-        if (whole)
-          for (int64_t i = 0; i < rows; ++i) out[i] = static_cast<A>(line[panel * kPanel<A> + i]);
+        const A* line;
+        if constexpr (std::is_same_v<C, int32_t>)
+          line = unpack_signs(matrix + layer.rows[j] * words_per_row(layer.filters), first, range,
+                              unpacked.data());
         else
-          for (int64_t i = 0; i < rows; ++i) out[i] = static_cast<A>(line[row[i]]);
+          line = matrix + layer.rows[j] * layer.filters + first;
+        A* out = left.data + j * kPanel<A>;
+        if (range == rows)
+          std::copy_n(line, rows, out);
+        else
+          for (int64_t i = 0; i < rows; ++i) out[i] = line[row[i] - first];
         std::fill(out + rows, out + kPanel<A>, A(0));
       }
       const double scale = grad * gradient_scale(layer, matrix);
       alignas(64) A sums[kPanel<A> * kPanel<A>];
-      for (int64_t first = 0; first < layer.size; first += kPanel<A>) {
-        const int64_t width = std::min(kPanel<A>, layer.size - first);
-        multiply_panels(left.data, scratch.data + packed[l - begin] + first * count, count, rows, width,
+      for (int64_t column = 0; column < layer.size; column += kPanel<A>) {
+        const int64_t width = std::min(kPanel<A>, layer.size - column);
+        multiply_panels(left.data, scratch.data + packed[l - begin] + column * count, count, rows, width,
                         sums);
         for (int64_t i = 0; i < rows; ++i) {
           const A factor = static_cast<A>(scale * static_cast<double>(scales[l - begin][row[i]].inverse));
-          T* out = static_cast<T*>(layer.gradient) + row[i] * layer.size + first;
+          T* out = static_cast<T*>(layer.gradient) + row[i] * layer.size + column;
           for (int64_t c = 0; c < width; ++c) out[c] = static_cast<T>(factor * sums[i * kPanel<A> + c]);
         }
       }

@@ -33,6 +33,7 @@ void step_run(const SgdStep& step, int64_t size, T* __restrict w, const T* __res
 
 #else
 
+#include "../sgd_step.h"
 #include "host.h"
 
 namespace fastprune {
@@ -52,67 +53,21 @@ struct SgdStep {
 namespace fastprune {
 namespace {
 
-constexpr const char* kOp = "sgd_step_";
 // Parameters that are no filters are cut into runs of this many elements, always the same ones: what a run
 // computes must not depend on the number of threads.
 constexpr int64_t kRun = 4096;
 
 using Tensors = std::vector<Tensor>;
 
-void check_like(const Tensors& params, const char* name, const Tensors& tensors) {
-  if (tensors.size() != params.size())
-    fail(kOp, ": ", name, " must have one tensor for each of ", params.size(), " params, got ",
-         tensors.size());
-  for (size_t i = 0; i < params.size(); ++i)
-    if (tensors[i].scalar_type() != params[i].scalar_type() || !same_device(tensors[i], params[i]) ||
-        !same_layout(tensors[i], params[i]))
-      fail(kOp, ": ", name, "[", i, "] must have the shape, dtype, strides and device of params[", i, "]");
+float read_scalar(const std::optional<Tensor>& scalar, float otherwise) {
+  return scalar ? *static_cast<const float*>(scalar->const_data_ptr()) : otherwise;
 }
 
-// The value of grad_scale or found_inf, or what is meant where there is none.
-float read_scalar(const Tensors& params, const char* name, const std::optional<Tensor>& scalar,
-                  float otherwise) {
-  if (!scalar) return otherwise;
-  if (scalar->scalar_type() != ScalarType::Float || scalar->numel() != 1 ||
-      (!params.empty() && !same_device(*scalar, params[0])))
-    fail(kOp, ": ", name, " must be one float32 on the device of params, got ",
-         dtype_name(scalar->scalar_type()), " ", list(scalar->sizes()));
-  return *static_cast<const float*>(scalar->const_data_ptr());
-}
-
-void check_outputs(const Tensors& params, const std::vector<Layer>& weights,
-                   const std::optional<Tensor>& mask, const Tensors& masked,
-                   const std::optional<Tensor>& norms) {
-  if (!masked.empty() && masked.size() != weights.size())
-    fail(kOp, ": masked must have one tensor for each of ", weights.size(), " layers, got ", masked.size());
-  for (size_t i = 0; i < masked.size(); ++i) {
-    const ScalarType dtype = masked[i].scalar_type();
-    if (!is_supported(dtype) || dtype != masked[0].scalar_type())
-      fail(kOp, ": masked must share one dtype of float32, float64, bfloat16, float16; masked[", i, "] has ",
-           dtype_name(dtype));
-    if (!same_device(masked[i], params[0]) || !same_layout(masked[i], params[i]))
-      fail(kOp, ": masked[", i, "] must have the shape, strides and device of params[", i, "]");
-  }
-  if (!masked.empty() && !mask) fail(kOp, ": masked weights take a mask");
-  const int64_t n = count_filters(weights);
-  if (mask) check_filter_vector(kOp, "mask", *mask, n, ScalarType::Bool);
-  if (norms) check_filter_vector(kOp, "norms", *norms, n, ScalarType::Float);
-}
-
-// The filters of the first `layers` params, and the rest as if runs of elements were filters; the last of
-// those may be shorter than Layer::size.
-std::vector<Layer> check_params(const Tensors& params, int64_t layers) {
-  const int64_t count = params.size();
-  if (layers < 0 || layers > count)
-    fail(kOp, ": layers must be in [0, ", count, "], the number of params, got ", layers);
-  check_dtype_and_device(kOp, "params", params);
-  std::vector<Layer> runs = check_weights(kOp, Tensors(params.begin(), params.begin() + layers), "params");
-  for (int64_t i = 0; i < count; ++i)
-    if (!is_dense(params[i]))
-      fail(kOp, ": params[", i, "] must be dense (one run of memory, in whatever order), got strides ",
-           list(params[i].strides()));
+// The filters, and behind them the rest of the params as if runs of elements were filters; the last of those
+// may be shorter than Layer::size.
+std::vector<Layer> make_runs(const Tensors& params, std::vector<Layer> runs) {
   int64_t first = count_filters(runs);
-  for (int64_t i = layers; i < count; ++i) {
+  for (size_t i = runs.size(); i < params.size(); ++i) {
     const int64_t elements = params[i].numel(), size = std::clamp<int64_t>(elements, 1, kRun);
     runs.push_back({params[i].const_data_ptr(), ceil_div(elements, size), size, first});
     first += runs.back().filters;
@@ -166,18 +121,12 @@ void sgd_step_(Tensors params, Tensors grads, Tensors momenta, double lr, double
                double weight_decay, bool nesterov, bool maximize, bool first,
                std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t layers,
                std::optional<Tensor> mask, Tensors masked, std::optional<Tensor> norms, int64_t ord) {
-  std::vector<Layer> runs = check_params(params, layers);
-  check_like(params, "grads", grads);
-  if (nesterov && (momentum <= 0 || dampening != 0))
-    fail(kOp, ": nesterov takes a momentum above 0 and no dampening");
-  if (momentum == 0 && !momenta.empty())
-    fail(kOp, ": without momentum there are no momenta, got ", momenta.size());
-  if (momentum != 0) check_like(params, "momenta", momenta);
-  const float inverse = 1 / read_scalar(params, "grad_scale", grad_scale, 1);
+  const std::vector<Layer> runs =
+      make_runs(params, check_sgd_step(params, grads, momenta, momentum, dampening, nesterov, grad_scale,
+                                       found_inf, layers, mask, masked, norms, ord));
+  const float inverse = 1 / read_scalar(grad_scale, 1);
   const double scale = maximize ? -inverse : inverse;
-  const bool skipped = read_scalar(params, "found_inf", found_inf, 0) != 0;
-  check_outputs(params, {runs.begin(), runs.begin() + layers}, mask, masked, norms);
-  check_ord(kOp, ord);
+  const bool skipped = read_scalar(found_inf, 0) != 0;
   if (params.empty()) return;
 
   const SgdStep step{lr, momentum, dampening, weight_decay, scale, nesterov, first, skipped};

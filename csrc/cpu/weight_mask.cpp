@@ -43,11 +43,8 @@ void above(const Bits* bits, int64_t n, uint32_t threshold, bool* mask) {
 
 #include <array>
 
+#include "../weight_mask.h"
 #include "host.h"
-
-namespace fastprune {
-enum class Importance { l1, l2, grad, taylor };
-}
 
 #define FASTPRUNE_FILE "weight_mask.cpp"
 #include "for_each_isa.h"
@@ -58,25 +55,6 @@ namespace {
 constexpr int64_t kChunk = 4096;            // importances held at a time
 constexpr int64_t kGrain = 16;              // chunks worth a thread
 constexpr uint32_t kInfinity = 0x7f800000;  // bits at and above are Inf or NaN
-
-Importance parse_importance(const std::string& name) {
-  if (name == "l1") return Importance::l1;
-  if (name == "l2") return Importance::l2;
-  if (name == "grad") return Importance::grad;
-  if (name == "taylor") return Importance::taylor;
-  fail("weight_mask: importance must be l1, l2, grad or taylor, got ", name);
-}
-
-void check_grads(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads, Importance importance,
-                 const std::string& name) {
-  const size_t needed =
-      importance == Importance::grad || importance == Importance::taylor ? weights.size() : 0;
-  if (grads.size() != needed)
-    fail("weight_mask: importance ", name, " takes ", needed, " gradients, got ", grads.size());
-  for (size_t i = 0; i < grads.size(); ++i)
-    if (grads[i].scalar_type() != weights[i].scalar_type() || !same_layout(grads[i], weights[i]))
-      fail("weight_mask: grads[", i, "] must have the shape, dtype and strides of weights[", i, "]");
-}
 
 struct Chunk {
   size_t layer;

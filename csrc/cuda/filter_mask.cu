@@ -2,86 +2,14 @@
 #include <cfloat>
 
 #include "launch.cuh"
-#include "reduce.cuh"
+#include "norm.cuh"
 #include "select.cuh"
-#include "vector.cuh"
 
 namespace fastprune::cuda {
 namespace {
 
 // 42 registers and 34 KB of shared memory at most: 48 warps on every multiprocessor since sm_80.
 constexpr int32_t kBlocksPerSm = 3;
-constexpr int32_t kSums = 2;  // of a thread, so that additions wait less for each other
-
-// A sum of float32 values as exact as one in float64, but at the rate of float32: what an addition rounds
-// away is added up too (Knuth's TwoSum).
-struct CompensatedSum {
-  float sum = 0, lost = 0;
-  __device__ void add(float x) {
-    const float next = __fadd_rn(sum, x), part = __fadd_rn(next, -sum);
-    lost += __fadd_rn(__fadd_rn(sum, -__fadd_rn(next, -part)), __fadd_rn(x, -part));
-    sum = next;
-  }
-  __device__ void add_square(float x) {
-    const float square = __fmul_rn(x, x);
-    lost += __fmaf_rn(x, x, -square);
-    add(square);
-  }
-  __device__ double value() const { return static_cast<double>(sum) + static_cast<double>(lost); }
-};
-
-struct DoubleSum {
-  double sum = 0;
-  __device__ void add(double x) { sum += x; }
-  __device__ void add_square(double x) { sum += x * x; }
-  __device__ double value() const { return sum; }
-};
-
-template <class T>
-using SumOf = std::conditional_t<std::is_same_v<T, double>, DoubleSum, CompensatedSum>;
-
-template <int Ord, class Sum, class X>
-__device__ void accumulate(Sum& sum, X x) {
-  if constexpr (Ord == 1)
-    sum.add(fabs(x));
-  else
-    sum.add_square(x);
-}
-
-// One thread's part of Σ |w| or Σ w² over a filter. Which elements it takes depends only on the filter's
-// size, not on how it lies in memory: equal weights have equal norms, bit by bit.
-template <int Ord, class Sum, class T>
-__device__ double sum_part(const T* row, int64_t size, bool aligned, int32_t lane, int32_t lanes) {
-  constexpr int32_t kWidth = kVectorBytes / sizeof(T);
-  Sum sums[kSums];
-  if (aligned) {
-    // Not the second, rare way of summing: it would cost registers.
-    constexpr int32_t kUnroll = std::is_same_v<Sum, SumOf<T>> ? 4 : 1;
-#pragma unroll kUnroll
-    for (int64_t k = lane * kWidth; k < size; k += lanes * kWidth) {
-      const Vector<T, kWidth> vector = load<kWidth>(row + k);
-#pragma unroll
-      for (int32_t i = 0; i < kWidth; ++i) accumulate<Ord>(sums[i % kSums], widen(vector.x[i]));
-    }
-  } else {
-    for (int64_t k = lane * kWidth; k < size; k += lanes * kWidth) {
-#pragma unroll
-      for (int32_t i = 0; i < kWidth; ++i)
-        if (k + i < size) accumulate<Ord>(sums[i % kSums], widen(__ldg(row + k + i)));
-    }
-  }
-  double total = 0;
-  for (const Sum& sum : sums) total += sum.value();
-  return total;
-}
-
-template <class Sum, class T>
-__device__ float norm_of(const T* row, int64_t size, const Place& place, int32_t ord) {
-  const bool aligned = place.layer.aligned;
-  const double part = ord == 1 ? sum_part<1, Sum>(row, size, aligned, place.lane, place.lanes)
-                               : sum_part<2, Sum>(row, size, aligned, place.lane, place.lanes);
-  return static_cast<float>(sum_threads(part, place.layer.shift) / static_cast<double>(place.layer.size));
-}
 
 struct Selection {
   bool* mask;        // null: only the norms are wanted
@@ -107,15 +35,11 @@ template <class T, int32_t Capacity>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void filter_mask_kernel(
     const __grid_constant__ Table<Capacity> table, int32_t ord, float* scores, Selection selection) {
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
-  const bool real = place.row < place.layer.filters;
+  const bool real = place.row < place.layer.rows;
   const int64_t size = real ? place.layer.size : 0;
-  const T* row = static_cast<const T*>(place.layer.in) + (real ? place.row : 0) * place.layer.size;
-  float norm = norm_of<SumOf<T>>(row, size, place, ord);
-  // The mean may be finite where the sum is too large for float32. All threads take part, whoever asked.
-  if (!std::is_same_v<T, double> && __syncthreads_or(!isfinite(norm))) {
-    const float wider = norm_of<DoubleSum>(row, size, place, ord);
-    if (!isfinite(norm)) norm = wider;
-  }
+  const T* row = input<T>(place.layer, 0) + (real ? place.row : 0) * place.layer.size;
+  const float narrow = norm_of<SumOf<T>, Access::kRead>(row, size, place, ord);
+  const float norm = finite_norm<Access::kRead>(narrow, row, size, place, ord);
   if (real && place.lane == 0) scores[place.layer.first + place.row] = norm;
   if (selection.mask != nullptr && is_last_block(selection.ticket, selection.blocks))
     write_mask(scores, selection);
@@ -131,8 +55,8 @@ __global__ __launch_bounds__(kThreads) void kth_threshold_kernel(const float* sc
 Plan plan_of(const std::vector<Layer>& layers, int64_t element_size) {
   std::vector<Run> runs;
   runs.reserve(layers.size());
-  for (const Layer& layer : layers) runs.push_back({layer.data, nullptr, layer.filters, layer.size});
-  return make_plan(runs, element_size, 0);
+  for (const Layer& layer : layers) runs.push_back({{layer.data}, layer.filters, layer.size});
+  return make_plan(runs, element_size);
 }
 
 void launch(const Tensor& like, const Plan& plan, int64_t ord, float* scores, const Selection& selection,

@@ -54,13 +54,13 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm<In>) void masked_weights_ker
   constexpr int32_t kWidth = kVectorBytes / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
   const TableLayer& layer = place.layer;
-  if (place.row >= layer.filters) return;
+  if (place.row >= layer.rows) return;
   const int32_t filter = layer.first + place.row;
   const float factor = factors.mask[filter] ? 1.0f
                        : factors.feedback   ? factors.feedback[filter]
                                             : factors.pruned;
-  const In* in = static_cast<const In*>(layer.in) + place.row * layer.size;
-  Out* out = static_cast<Out*>(layer.out) + place.row * layer.size;
+  const In* in = input<In>(layer, 0) + place.row * layer.size;
+  Out* out = output<Out>(layer, 1) + place.row * layer.size;
   if (layer.aligned)
     scale_row<kWidth>(in, out, layer.size, factor, place.lane, place.lanes);
   else
@@ -79,7 +79,7 @@ std::vector<Tensor> scale_filters(const char* op, const std::vector<Tensor>& inp
   std::vector<Run> runs;
   for (size_t i = 0; i < layers.size(); ++i) {
     outputs.push_back(empty_like(inputs[i], dtype));
-    runs.push_back({layers[i].data, outputs[i].mutable_data_ptr(), layers[i].filters, layers[i].size});
+    runs.push_back({{layers[i].data, outputs[i].mutable_data_ptr()}, layers[i].filters, layers[i].size});
   }
   const Factors factors{
       static_cast<const bool*>(mask.const_data_ptr()),
@@ -87,7 +87,7 @@ std::vector<Tensor> scale_filters(const char* op, const std::vector<Tensor>& inp
       backward ? 1.0f : 0.0f,
   };
   const cudaStream_t stream = current_stream(inputs[0]);
-  const Plan plan = make_plan(runs, inputs[0].element_size(), outputs[0].element_size());
+  const Plan plan = make_plan(runs, std::max(inputs[0].element_size(), outputs[0].element_size()));
   visit_dtype(inputs[0].scalar_type(), [&](auto in_type) {
     visit_dtype(dtype, [&](auto out_type) {
       using In = typename decltype(in_type)::type;

@@ -17,33 +17,39 @@ inline constexpr int64_t kVectorBytes = 16;  // the widest access of one thread
 // A filter with more vectors than this is worked on by a block, not by a warp or a part of one.
 inline constexpr int64_t kWarpVectors = 2048;
 
-// Indices of filters are 32 bits, in steps of a block's threads too.
+// A parameter without filters is cut into rows of so many vectors, a block for each.
+inline constexpr int64_t kRowVectors = 4096;
+
+// Indices of filters and rows are 32 bits, in steps of a block's threads too.
 inline constexpr int64_t kMostFilters = INT32_MAX - kThreads;
 
-// The table of layers is a kernel parameter: no copy, no allocation, and a CUDA graph captures it by value.
-// Parameters may be 4 KB, and 32 KB since CUDA 12.1; few models have so many layers that they need more.
-inline constexpr int32_t kSmallTable = 96;
-inline constexpr int32_t kLargeTable = 800;
+// What a kernel reads and writes of a layer, side by side in memory: as many tensors as it names.
+inline constexpr int32_t kPointers = 4;
 
-// What the caller knows of a layer: `filters` dense runs of `size` elements; `out` is null where nothing is
-// written.
+// What the caller knows of a layer: `filters` dense runs of `size` elements behind each pointer, or one run
+// without filters where `filters` is 0. Pointers that mean nothing are null.
 struct Run {
-  const void* in;
-  void* out;
+  const void* pointers[kPointers];
   int64_t filters;
   int64_t size;
 };
 
 struct TableLayer {
-  const void* in;
-  void* out;
-  int64_t size;
-  int32_t filters;
-  int32_t first;        // index of its first filter among those of the model
+  const void* pointers[kPointers];
+  int64_t size;         // of a filter, or of the whole run where it has none
+  int32_t rows;         // filters, or pieces of the run
+  int32_t first;        // index of its first filter among those of the model; -1: it has none
   int32_t first_block;  // and of its first block in the grid
-  int16_t shift;        // 2^shift threads work on a filter: up to a warp, or the block
-  int16_t aligned;      // whether every filter starts and ends on a vector, in and out
+  int16_t shift;        // 2^shift threads work on a row: up to a warp, or the block
+  int16_t aligned;      // whether every row starts on a vector, and every filter ends on one
 };
+
+// The table of layers is a kernel parameter: no copy, no allocation, and a CUDA graph captures it by value.
+// Parameters may be 4 KB, and 32,764 bytes since CUDA 12.1, some of which are for the other ones; few models
+// have so many layers that they need more.
+inline constexpr int64_t kOtherParameters = 160;
+inline constexpr int32_t kSmallTable = (4096 - kOtherParameters) / sizeof(TableLayer);
+inline constexpr int32_t kLargeTable = (32764 - kOtherParameters) / sizeof(TableLayer);
 
 template <int32_t Capacity>
 struct Table {
@@ -62,6 +68,7 @@ struct Plan {
   std::vector<TableLayer> layers;
   std::vector<Launch> launches;  // one, up to kLargeTable layers
   int64_t filters = 0;
+  int64_t rows = 0;
   int64_t blocks = 0;  // of all launches
   int32_t capacity = kSmallTable;
 };
@@ -74,35 +81,52 @@ inline int16_t threads_shift(int64_t size, int64_t width) {
   return shift;
 }
 
-// Elements of `in_bytes` in and `out_bytes` out (0: nothing is written); a thread moves `width` of them at
-// once, 16 bytes of the wider kind, so that the accesses of a warp fill whole sectors on both sides.
-inline Plan make_plan(const std::vector<Run>& runs, int64_t in_bytes, int64_t out_bytes,
-                      int32_t small_table = kSmallTable, int32_t large_table = kLargeTable) {
-  const int64_t width = kVectorBytes / std::max(in_bytes, out_bytes);
-  const auto whole = [](const void* pointer, int64_t size, int64_t bytes, int64_t elements) {
-    return reinterpret_cast<uintptr_t>(pointer) % (elements * bytes) == 0 && size % elements == 0;
-  };
+// Whether all of a layer's vectors are aligned, behind every pointer: none is wider than kVectorBytes.
+inline bool is_aligned(const Run& run, int64_t width) {
+  for (const void* pointer : run.pointers)
+    if (reinterpret_cast<uintptr_t>(pointer) % kVectorBytes) return false;
+  return run.filters == 0 || run.size % width == 0;
+}
+
+inline TableLayer make_layer(const Run& run, int64_t width) {
+  TableLayer layer{};
+  std::copy_n(run.pointers, kPointers, layer.pointers);
+  layer.size = run.size;
+  layer.aligned = is_aligned(run, width);
+  layer.shift = run.filters ? threads_shift(run.size, width) : kThreadsShift;
+  return layer;
+}
+
+// A thread moves 16 bytes at once of the elements that have `element_bytes`: the widest kind of what is read
+// and written, so that the accesses of a warp fill whole sectors everywhere, unless the kernel says
+// otherwise. Runs of no elements are left out.
+inline Plan make_plan(const std::vector<Run>& runs, int64_t element_bytes, int32_t small_table = kSmallTable,
+                      int32_t large_table = kLargeTable) {
+  const int64_t width = kVectorBytes / element_bytes;
   Plan plan;
   plan.capacity = static_cast<int64_t>(runs.size()) <= small_table ? small_table : large_table;
   plan.layers.reserve(runs.size());
   for (const Run& run : runs) {
-    if (run.filters > kMostFilters - plan.filters)
+    if (run.size == 0) continue;
+    const int64_t row_size = kRowVectors * width;
+    const int64_t rows = run.filters ? run.filters : (run.size + row_size - 1) / row_size;
+    if (rows > kMostFilters - plan.rows)
       throw std::runtime_error("fastprune: a model may have at most " + std::to_string(kMostFilters) +
                                " filters on CUDA");
     if (plan.launches.empty() || plan.launches.back().count == plan.capacity)
       plan.launches.push_back({static_cast<int64_t>(plan.layers.size()), 0, 0});
     Launch& launch = plan.launches.back();
-    const int16_t shift = threads_shift(run.size, width);
-    const int64_t per_block = kThreads >> shift;
-    const bool aligned = whole(run.in, run.size, in_bytes, width) &&
-                         (!out_bytes || whole(run.out, run.size, out_bytes, width));
-    plan.layers.push_back({run.in, run.out, run.size, static_cast<int32_t>(run.filters),
-                           static_cast<int32_t>(plan.filters), static_cast<int32_t>(launch.blocks), shift,
-                           static_cast<int16_t>(aligned)});
-    const int64_t blocks = (run.filters + per_block - 1) / per_block;
+    TableLayer layer = make_layer(run, width);
+    layer.rows = static_cast<int32_t>(rows);
+    layer.first = run.filters ? static_cast<int32_t>(plan.filters) : -1;
+    layer.first_block = static_cast<int32_t>(launch.blocks);
+    plan.layers.push_back(layer);
+    const int64_t per_block = kThreads >> layer.shift;
+    const int64_t blocks = (rows + per_block - 1) / per_block;
     ++launch.count;
     launch.blocks += blocks;
     plan.blocks += blocks;
+    plan.rows += rows;
     plan.filters += run.filters;
   }
   return plan;
@@ -115,6 +139,26 @@ Table<Capacity> make_table(const Plan& plan, const Launch& launch) {
   std::copy_n(plan.layers.begin() + launch.first, launch.count, table.layers);
   return table;
 }
+
+// An importance of weight_mask is a float32 that is not negative, which orders as its 31 bits do. They are
+// counted in digits, most significant first. The first is the exponent and two bits more: Inf and NaN, and
+// nothing else, are its last bins; and what a layer mostly consists of, in eight octaves, lies in 32 of them,
+// one in each bank of shared memory.
+struct Digit {
+  int32_t shift, bits;
+};
+inline constexpr Digit kWeightDigits[] = {{21, 10}, {10, 11}, {0, 10}};
+inline constexpr int32_t kWeightPasses = 3;
+inline constexpr int32_t kWeightBins = 1 << 11;
+inline constexpr int32_t kInfinityBin = 0x7f800000 >> 21;
+
+// What weight_mask's launches know of the threshold, on the device: zeros before the first.
+struct WeightSelection {
+  uint64_t counts[kWeightPasses][kWeightBins];
+  uint64_t rank;   // of the threshold among the importances that begin with the digits found so far
+  int32_t prefix;  // these digits, and at last the threshold; -1: an importance is not finite
+  uint32_t tickets[kWeightPasses];
+};
 
 // The index in sorted scores of the threshold of filter_mask.
 inline int64_t threshold_rank(int64_t filters, double rate) {

@@ -35,6 +35,30 @@ __device__ Place place_of(const Table<Capacity>& table, int32_t block, int32_t t
   return {layer, row, thread & ((1 << layer.shift) - 1), 1 << layer.shift};
 }
 
+// The elements of a row among those of its layer; none for spare threads. `width` is that of the plan.
+struct Extent {
+  int64_t begin, size;
+};
+
+__device__ inline Extent extent_of(const Place& place, int32_t width) {
+  const TableLayer& layer = place.layer;
+  if (place.row >= layer.rows) return {0, 0};
+  if (layer.first >= 0) return {place.row * layer.size, layer.size};
+  const int64_t row_size = kRowVectors * width, begin = place.row * row_size;
+  return {begin, min(row_size, layer.size - begin)};
+}
+
+// What lies behind a layer's pointers.
+template <class T>
+__device__ const T* input(const TableLayer& layer, int32_t i) {
+  return static_cast<const T*>(layer.pointers[i]);
+}
+
+template <class T>
+__device__ T* output(const TableLayer& layer, int32_t i) {
+  return static_cast<T*>(const_cast<void*>(layer.pointers[i]));
+}
+
 template <class T, int Width>
 struct alignas(sizeof(T) * Width) Vector {
   T x[Width];
@@ -46,21 +70,99 @@ using Word = std::conditional_t<
     Bytes == 16, uint4,
     std::conditional_t<Bytes == 8, uint2, std::conditional_t<Bytes == 4, uint32_t, uint16_t>>>;
 
-// One access; `from` is aligned to the vector. What a kernel writes itself must not be read so.
-template <int Width, class T>
+// Whether the kernel only reads a tensor, or writes it too: then it must not be read by way of the read-only
+// cache.
+enum class Access { kRead, kWritten };
+
+template <Access From, class T>
+__device__ T load_one(const T* from) {
+  if constexpr (From == Access::kRead)
+    return __ldg(from);
+  else
+    return *from;
+}
+
+// One access; `from` is aligned to the vector.
+template <int Width, Access From = Access::kRead, class T>
 __device__ Vector<T, Width> load(const T* from) {
-  const auto word = __ldg(reinterpret_cast<const Word<sizeof(T) * Width>*>(from));
+  const auto word = load_one<From>(reinterpret_cast<const Word<sizeof(T) * Width>*>(from));
   Vector<T, Width> vector;
   memcpy(&vector, &word, sizeof(vector));
   return vector;
 }
 
+// How many of a vector's elements there are, of as many as are left.
+template <int Width>
+__device__ int32_t up_to(int64_t left) {
+  return left < Width ? static_cast<int32_t>(left) : Width;
+}
+
+// Whether a vector is whole and aligned, or its first `count` elements are to be moved one by one.
+using Whole = std::true_type;
+using Elements = std::false_type;
+
+template <int Width, Access From = Access::kRead, class T>
+__device__ Vector<T, Width> load(const T* from, int32_t, Whole) {
+  return load<Width, From>(from);
+}
+
+// The elements that are not there are zeros.
+template <int Width, Access From = Access::kRead, class T>
+__device__ Vector<T, Width> load(const T* from, int32_t count, Elements) {
+  Vector<T, Width> vector{};
+#pragma unroll
+  for (int32_t i = 0; i < Width; ++i)
+    if (i < count) vector.x[i] = load_one<From>(from + i);
+  return vector;
+}
+
+// One access for every 16 bytes of the vector.
 template <class T, int Width>
 __device__ void store(T* to, const Vector<T, Width>& vector) {
-  Word<sizeof(vector)> word;
-  memcpy(&word, &vector, sizeof(vector));
+  constexpr int32_t kAccesses = sizeof(vector) > kVectorBytes ? sizeof(vector) / kVectorBytes : 1;
+  using Part = Word<sizeof(vector) / kAccesses>;
+  Part parts[kAccesses];
+  memcpy(parts, &vector, sizeof(vector));
   // Spelled out, since the compiler may split an assignment into stores of single elements.
-  __stcg(reinterpret_cast<Word<sizeof(vector)>*>(to), word);
+#pragma unroll
+  for (int32_t i = 0; i < kAccesses; ++i) __stcg(reinterpret_cast<Part*>(to) + i, parts[i]);
+}
+
+template <class T, int Width>
+__device__ void store(T* to, const Vector<T, Width>& vector, int32_t, Whole) {
+  store(to, vector);
+}
+
+template <class T, int Width>
+__device__ void store(T* to, const Vector<T, Width>& vector, int32_t count, Elements) {
+#pragma unroll
+  for (int32_t i = 0; i < Width; ++i)
+    if (i < count) to[i] = vector.x[i];
+}
+
+// Calls use(k, values, count, whole) with values = read(k, count, whole) for the vectors of a row of `size`
+// elements that this thread has: where they are whole, `InFlight` of them are read before the first is used.
+template <int Width, int InFlight, class Read, class Use>
+__device__ void for_vectors(const Place& place, int64_t size, const Read& read, const Use& use) {
+  const int64_t stride = int64_t{place.lanes} * Width;
+  const int64_t last = place.layer.aligned ? size - Width : -1;  // where a whole vector may begin
+  int64_t k = place.lane * Width;
+  for (; k + (InFlight - 1) * stride <= last; k += InFlight * stride) {
+    decltype(read(k, Width, Whole{})) values[InFlight];
+#pragma unroll
+    for (int32_t j = 0; j < InFlight; ++j) values[j] = read(k + j * stride, Width, Whole{});
+#pragma unroll
+    for (int32_t j = 0; j < InFlight; ++j) use(k + j * stride, values[j], Width, Whole{});
+  }
+  for (; k <= last; k += stride) {
+    auto values = read(k, Width, Whole{});
+    use(k, values, Width, Whole{});
+  }
+  for (; k < size; k += stride) {
+    const int32_t count = up_to<Width>(size - k);
+    auto values = read(k, count, Elements{});
+    use(k, values, count, Elements{});
+  }
 }
 
 // To the type of arithmetic: float64 for float64, else float32.

@@ -12,8 +12,8 @@ from ._backend import (
 )
 from .decorrelation import decorrelation
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
-from .masked_weights import masked_weights
-from .reference import DECORRELATION_KINDS
+from .masked_weights import masked_weights, written_masked_weights
+from .reference import DECORRELATION_KINDS, PRECISIONS
 from .sgd_step import sgd_step_
 from .weight_mask import weight_mask
 
@@ -21,6 +21,7 @@ load_compiled()
 
 __all__ = [
     "DECORRELATION_KINDS",
+    "PRECISIONS",
     "Implementation",
     "backends",
     "cpu_isa",
@@ -36,4 +37,5 @@ __all__ = [
     "sgd_step_",
     "update_filter_masks_",
     "weight_mask",
+    "written_masked_weights",
 ]

@@ -1,23 +1,27 @@
 """Which implementation serves each op: chosen here and nowhere else.
 
 The dispatcher holds the choice. Every op's reference is registered for all devices; the compiled modules register
-theirs for their device when loaded and so take precedence. Forcing the reference registers it once more, on top.
+theirs for their device when loaded and so take precedence; Triton's kernels are registered for CUDA where there are no
+compiled ones. Forcing one registers it once more, on top.
 """
 
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
+import fastprune.kernels as kernels  # kernels/ of the source tree
+
 BACKENDS = ("auto", "reference", "cpp", "triton")
 _DEVICES = {"_cpu": "CPU", "_cuda": "CUDA"}
 
 _library = torch.library.Library("fastprune", "DEF")
+_filled: dict[str, torch.library.Library] = {}  # ops on CUDA that Triton serves since nothing was compiled
 _override: torch.library.Library | None = None
 _references: dict[str, Callable[..., Any]] = {}
 _modules: dict[str, ModuleType] = {}
@@ -72,6 +76,10 @@ def load_compiled() -> None:
             _absent[name] = "this torch has no CUDA"
         else:
             _modules[name] = importlib.import_module(f"fastprune.{name}")
+    if not _without_triton("CUDA"):
+        for op in kernels.MODULES:
+            if not _compiled(op, "CUDA"):
+                _filled[op] = _serving({op: _triton(op)}, ["CUDA"])
     set_backend(os.environ.get("FASTPRUNE_BACKEND", "auto"))
 
 
@@ -90,18 +98,40 @@ def set_backend(name: str) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {name!r}")
     if name == "cpp" and not _modules:
         raise RuntimeError(f"backend 'cpp' is not there: {'; '.join(_absent.values())}")
-    if name == "triton":
-        raise RuntimeError("backend 'triton' is not there: this version has no Triton kernels")
+    devices = [key for key in _DEVICES.values() if not _without_triton(key)]
+    if name == "triton" and not devices:
+        raise RuntimeError(f"backend 'triton' is not there: {_without_triton('CUDA')}")
     if _override is not None:
         _override._destroy()
         _override = None
     if name == "reference":
-        _override = torch.library.Library("fastprune", "IMPL")
-        for op, reference in _references.items():
-            for key in _DEVICES.values():
-                if _compiled(op, key):
-                    _override.impl(op, reference, key, allow_override=True)
+        _override = _serving(_references, _DEVICES.values())
+    elif name == "triton":
+        _override = _serving({op: _triton(op) for op in kernels.MODULES}, devices)
     _forced = name
+
+
+def _serving(implementations: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> torch.library.Library:
+    """Registered over what is there, until the library is destroyed."""
+    library = torch.library.Library("fastprune", "IMPL")
+    for op, implementation in implementations.items():
+        for key in keys:
+            library.impl(op, implementation, key, allow_override=True)
+    return library
+
+
+def _triton(op: str) -> Callable[..., Any]:
+    """The op's Triton implementation, imported when it is first called."""
+    return lambda *arguments: kernels.load(op)(*arguments)
+
+
+def _without_triton(key: str) -> str:
+    """Why Triton's kernels cannot serve a device; empty if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if key == "CPU":
+        return "" if os.environ.get("TRITON_INTERPRET") == "1" else "on CPUs Triton runs only with TRITON_INTERPRET=1"
+    return "" if torch.version.cuda is not None else "this torch has no CUDA"
 
 
 def get_backend() -> str:
@@ -116,6 +146,10 @@ def backends() -> list[Implementation]:
         for module, key in _DEVICES.items():
             if _forced == "reference":
                 choice = ("reference", "forced")
+            elif _forced == "triton" and op in kernels.MODULES and not _without_triton(key):
+                choice = ("triton", "forced")
+            elif key == "CUDA" and op in _filled:
+                choice = ("triton", _absent.get(module, f"fastprune.{module} has no {op}"))
             elif _compiled(op, key):
                 choice = (
                     module.removeprefix("_"),

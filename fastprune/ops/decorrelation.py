@@ -10,8 +10,10 @@ from . import reference
 from ._backend import define
 
 
-def _fake(weights: Sequence[Tensor], kind: str, include_diagonal: bool, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    reference.check_decorrelation("decorrelation", weights, kind, mask)
+def _fake(
+    weights: Sequence[Tensor], kind: str, include_diagonal: bool, mask: Tensor | None, precision: str
+) -> tuple[Tensor, Tensor]:
+    reference.check_decorrelation("decorrelation", weights, kind, mask, precision)
     penalty = weights[0].new_empty((), dtype=reference.accumulation_dtype(weights))
     return penalty, reference.coefficients_like(weights, kind)
 
@@ -23,25 +25,26 @@ def _fake_backward(
     kind: str,
     include_diagonal: bool,
     mask: Tensor | None,
+    precision: str,
 ) -> list[Tensor]:
     return [torch.empty_like(weight) for weight in weights]
 
 
 define(
-    "decorrelation(Tensor[] weights, str kind, bool include_diagonal, Tensor? mask) -> (Tensor, Tensor)",
+    "decorrelation(Tensor[] weights, str kind, bool include_diagonal, Tensor? mask, str precision) -> (Tensor, Tensor)",
     reference.decorrelation,
     _fake,
 )
 define(
     "decorrelation_backward(Tensor grad, Tensor[] weights, Tensor coefficients, str kind, bool include_diagonal, "
-    "Tensor? mask) -> Tensor[]",
+    "Tensor? mask, str precision) -> Tensor[]",
     reference.decorrelation_backward,
     _fake_backward,
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weights, ctx.kind, ctx.include_diagonal, mask = inputs
+    weights, ctx.kind, ctx.include_diagonal, mask, ctx.precision = inputs
     ctx.has_mask = mask is not None
     ctx.save_for_backward(output[1], *([mask] if ctx.has_mask else []), *weights)
 
@@ -50,9 +53,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     coefficients, *rest = ctx.saved_tensors
     mask = rest.pop(0) if ctx.has_mask else None
     gradients = torch.ops.fastprune.decorrelation_backward(
-        grad, rest, coefficients, ctx.kind, ctx.include_diagonal, mask
+        grad, rest, coefficients, ctx.kind, ctx.include_diagonal, mask, ctx.precision
     )
-    return gradients, None, None, None
+    return gradients, None, None, None, None
 
 
 def _no_second_derivative(ctx: Any, *grads: list[Tensor]) -> None:
@@ -68,6 +71,7 @@ def decorrelation(
     kind: str = "covariance",
     include_diagonal: bool = True,
     mask: Tensor | None = None,
+    precision: str = "highest",
 ) -> Tensor:
     """A penalty on filters that resemble each other, summed over layers, with its exact gradient.
 
@@ -90,6 +94,10 @@ def decorrelation(
         kind: one of the table.
         include_diagonal: whether the two covariances count ``C_ii``.
         mask: ``[N]`` bool; filters that are False are left out, and their gradient is 0.
+        precision: how exact products of matrices need be, as for :func:`torch.set_float32_matmul_precision`:
+            ``highest`` (float32), ``high`` (TF32) or ``medium`` (bfloat16). Sums are always in float32, means and
+            float64 weights are not rounded, and an implementation may be more exact than it is asked to be: on the
+            CPU it is.
 
     Returns:
         A scalar, float32 (float64 for float64 weights).
@@ -104,4 +112,4 @@ def decorrelation(
     """
     if not weights:
         return torch.zeros(())
-    return torch.ops.fastprune.decorrelation(weights, kind, include_diagonal, mask)[0]
+    return torch.ops.fastprune.decorrelation(weights, kind, include_diagonal, mask, precision)[0]

@@ -41,7 +41,8 @@ def weight_mask(
         Bool masks with the shapes and strides of ``weights``, True for kept weights.
 
     Raises:
-        RuntimeError: naming ``weights[i]``, if an importance is NaN or Inf, or an argument is not as described.
+        RuntimeError: naming ``weights[i]``, if an importance is NaN or Inf, or an argument is not as described. The
+            compiled CUDA op cannot raise for importances without waiting for the device: it then keeps every weight.
 
     Source:
         ``|w · g|``: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019.

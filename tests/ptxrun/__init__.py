@@ -14,5 +14,14 @@ from .errors import (
 from .memory import Memory, DevPtr
 from .module import load, Module, Out, Result, DEFAULT_CHECKS
 from .meter import Stats
-from .frontends import compile_cuda, compile_cuda_text, compile_triton, run_triton, pack_struct, TritonKernel
+from .frontends import (
+    NVCC,
+    compile_cuda,
+    compile_cuda_text,
+    compile_triton,
+    find_nvcc,
+    run_triton,
+    pack_struct,
+    TritonKernel,
+)
 from .ops_sm90 import pack_tensormap

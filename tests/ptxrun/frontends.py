@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 import os
+import shutil
 import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from importlib import metadata
 import numpy as np
 from .errors import LaunchError, PtxError
 from .module import load, Out
 
-NVCC = os.environ.get("PTXRUN_NVCC", "nvcc")
+
+def find_nvcc() -> str:
+    """The path of nvcc: what PTXRUN_NVCC names, else on the PATH, else of the package nvidia-cuda-nvcc; or empty."""
+    if named := os.environ.get("PTXRUN_NVCC"):
+        return shutil.which(named) or ""
+    if found := shutil.which("nvcc"):
+        return found
+    try:
+        files = metadata.files("nvidia-cuda-nvcc") or []
+    except metadata.PackageNotFoundError:
+        return ""
+    return next((str(file.locate()) for file in files if file.parts[-2:] == ("bin", "nvcc")), "")
+
+
+NVCC = find_nvcc()
 
 
 def compile_cuda(source_path, arch="sm_80", include_dirs=(), extra=()):
     """nvcc -ptx; returns the PTX text."""
+    if not NVCC:
+        raise PtxError("there is no nvcc: see find_nvcc")
     with tempfile.TemporaryDirectory() as d:
         out = os.path.join(d, "k.ptx")
         cmd = [NVCC, "-ptx", f"-arch={arch}", "-std=c++17", "-lineinfo", "-o", out, str(source_path)]

@@ -16,7 +16,7 @@ _U = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SHARED_WINDOW = 1 << 40
 LOCAL_WINDOW = 2 << 40
 PARAM_WINDOW = 3 << 40
-GLOBAL_BASE = 0x7F00 << 32
+GLOBAL_BASE = 16 << 40  # a host maps nothing there: a host buffer may lie at its own device address
 POISON = 0xFF
 
 

@@ -6,8 +6,10 @@ Losses, norms and steps are computed in float64 and rounded once, so that an imp
 
 from .decorrelation import (
     DECORRELATION_KINDS,
+    PRECISIONS,
     accumulation_dtype,
     check_decorrelation,
+    check_decorrelation_backward,
     coefficients_like,
     decorrelation,
     decorrelation_backward,
@@ -19,8 +21,10 @@ from .weight_mask import check_weight_mask, weight_mask
 
 __all__ = [
     "DECORRELATION_KINDS",
+    "PRECISIONS",
     "accumulation_dtype",
     "check_decorrelation",
+    "check_decorrelation_backward",
     "check_masked_weights",
     "check_sgd_step",
     "check_weight_mask",

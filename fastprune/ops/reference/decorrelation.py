@@ -11,15 +11,19 @@ from ..checks import check_filter_vector, check_weights
 # A filter whose centred norm is below this share of its norm is constant up to rounding: its correlations are 0.
 CONSTANT_FILTER = 1e-6
 DECORRELATION_KINDS = ("covariance", "kernel-covariance", "correlation", "orthogonality")
+PRECISIONS = ("highest", "high", "medium")
+ENTRIES_PER_WORD = 16  # of the packed coefficients of a covariance
 
 
-def check_decorrelation(op: str, weights: Sequence[Tensor], kind: str, mask: Tensor | None) -> None:
+def check_decorrelation(op: str, weights: Sequence[Tensor], kind: str, mask: Tensor | None, precision: str) -> None:
     """Raise unless the arguments of ``decorrelation`` are right."""
     check_weights(op, weights)
     if kind not in DECORRELATION_KINDS:
         raise RuntimeError(f"{op}: kind must be one of {', '.join(DECORRELATION_KINDS)}; got {kind}")
     if mask is not None:
         check_filter_vector(op, "mask", mask, weights, torch.bool)
+    if precision not in PRECISIONS:
+        raise RuntimeError(f"{op}: precision must be one of {', '.join(PRECISIONS)}; got {precision}")
 
 
 def accumulation_dtype(weights: Sequence[Tensor]) -> torch.dtype:
@@ -29,12 +33,54 @@ def accumulation_dtype(weights: Sequence[Tensor]) -> torch.dtype:
 
 def coefficients_like(weights: Sequence[Tensor], kind: str) -> Tensor:
     """An empty tensor of the shape and dtype of the forward's second output."""
-    if kind in ("covariance", "correlation"):
+    if kind == "covariance":
+        size = sum(weight.shape[0] * words_per_row(weight.shape[0]) for weight in weights)
+    elif kind == "correlation":
         size = sum(weight.shape[0] ** 2 for weight in weights)
     else:
         size = sum(2 * weight[0].numel() for weight in weights) if kind == "orthogonality" else 0
-    dtype = torch.int8 if kind == "covariance" else accumulation_dtype(weights)
+    dtype = torch.int32 if kind == "covariance" else accumulation_dtype(weights)
     return weights[0].new_empty(size, dtype=dtype)
+
+
+def check_decorrelation_backward(
+    grad: Tensor, weights: Sequence[Tensor], coefficients: Tensor, kind: str, mask: Tensor | None, precision: str
+) -> None:
+    """Raise unless the arguments of ``decorrelation_backward`` are right."""
+    check_decorrelation("decorrelation_backward", weights, kind, mask, precision)
+    expected = coefficients_like(weights, kind)
+    if coefficients.shape != expected.shape or coefficients.dtype != expected.dtype:
+        raise RuntimeError(
+            f"decorrelation_backward: coefficients must be the forward's, "
+            f"{str(expected.dtype).removeprefix('torch.')} {list(expected.shape)}, "
+            f"got {str(coefficients.dtype).removeprefix('torch.')} {list(coefficients.shape)}"
+        )
+    accumulator = accumulation_dtype(weights)
+    if grad.dtype != accumulator or grad.numel() != 1:
+        raise RuntimeError(
+            f"decorrelation_backward: grad must be a scalar of {str(accumulator).removeprefix('torch.')}, "
+            f"got {str(grad.dtype).removeprefix('torch.')} {list(grad.shape)}"
+        )
+
+
+def words_per_row(filters: int) -> int:
+    """The length of a packed row."""
+    return (filters + ENTRIES_PER_WORD - 1) // ENTRIES_PER_WORD
+
+
+def pack_signs(signs: Tensor) -> Tensor:
+    """[F, F] of 0, 1, 2 and −1 as int32 [F, words_per_row(F)]: two bits each, the lowest first; −1 is 3."""
+    codes = torch.nn.functional.pad(signs.int() & 3, (0, -signs.shape[1] % ENTRIES_PER_WORD))
+    shifts = torch.arange(0, 2 * ENTRIES_PER_WORD, 2, dtype=torch.int32, device=signs.device)
+    words = codes.view(signs.shape[0], words_per_row(signs.shape[1]), ENTRIES_PER_WORD) << shifts
+    return words.sum(2, dtype=torch.int32)
+
+
+def unpack_signs(words: Tensor, filters: int) -> Tensor:
+    """What ``pack_signs`` was given, as float64."""
+    shifts = torch.arange(0, 2 * ENTRIES_PER_WORD, 2, dtype=torch.int32, device=words.device)
+    codes = (words.view(filters, -1, 1) >> shifts & 3).flatten(1)[:, :filters]
+    return torch.where(codes == 3, -1, codes).double()
 
 
 def kept_rows(weights: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -105,16 +151,17 @@ def orthogonality(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decorrelation(
-    weights: Sequence[Tensor], kind: str, include_diagonal: bool, mask: Tensor | None
+    weights: Sequence[Tensor], kind: str, include_diagonal: bool, mask: Tensor | None, precision: str
 ) -> tuple[Tensor, Tensor]:
     """The penalty of all layers, and what the backward needs of it."""
-    check_decorrelation("decorrelation", weights, kind, mask)
+    check_decorrelation("decorrelation", weights, kind, mask, precision)
     total = weights[0].new_zeros((), dtype=torch.float64)
     saved = []
     for weight, kept in zip(weights, kept_rows(weights, mask)):
         w = weight.double()
         if kind == "covariance":
-            penalty, coefficients = covariance(w, kept, include_diagonal)
+            penalty, signs = covariance(w, kept, include_diagonal)
+            coefficients = pack_signs(signs)
         elif kind == "correlation":
             penalty, coefficients = correlation(w, kept)
         elif kind == "orthogonality":
@@ -134,38 +181,27 @@ def decorrelation_backward(
     kind: str,
     include_diagonal: bool,
     mask: Tensor | None,
+    precision: str,
 ) -> list[Tensor]:
     """``grad · ∂R/∂W`` for every layer, with the dtype and strides of the weights."""
-    check_decorrelation("decorrelation_backward", weights, kind, mask)
-    expected = coefficients_like(weights, kind)
-    if coefficients.shape != expected.shape or coefficients.dtype != expected.dtype:
-        raise RuntimeError(
-            f"decorrelation_backward: coefficients must be the forward's, "
-            f"{str(expected.dtype).removeprefix('torch.')} {list(expected.shape)}, "
-            f"got {str(coefficients.dtype).removeprefix('torch.')} {list(coefficients.shape)}"
-        )
-    accumulator = accumulation_dtype(weights)
-    if grad.dtype != accumulator or grad.numel() != 1:
-        raise RuntimeError(
-            f"decorrelation_backward: grad must be a scalar of {str(accumulator).removeprefix('torch.')}, "
-            f"got {str(grad.dtype).removeprefix('torch.')} {list(grad.shape)}"
-        )
+    check_decorrelation_backward(grad, weights, coefficients, kind, mask, precision)
     sizes = [coefficients_like([weight], kind).numel() for weight in weights]
     out = []
-    for weight, kept, part in zip(weights, kept_rows(weights, mask), coefficients.double().split(sizes)):
+    for weight, kept, part in zip(weights, kept_rows(weights, mask), coefficients.split(sizes)):
         w = weight.double()
         rows = w.flatten(1)
         f = rows.shape[0]
         if kind == "covariance":
             centred = rows - rows.mean(1, keepdim=True)
-            gradient = part.view(f, f) @ centred / max(rows.shape[1] - 1, 1)
+            gradient = unpack_signs(part, f) @ centred / max(rows.shape[1] - 1, 1)
         elif kind == "correlation":
             unit, inverse = unit_rows(rows, kept)
-            norm = (-part.view(f, f).diagonal().sum()).sqrt()
+            pearson = part.double().view(f, f)
+            norm = (-pearson.diagonal().sum()).sqrt()
             scale = torch.where(norm > 0, 2 / (torch.where(norm > 0, norm, 1) * kept.sum().clamp(min=1)), 0)
-            gradient = scale * inverse[:, None] * (part.view(f, f) @ unit)
+            gradient = scale * inverse[:, None] * (pearson @ unit)
         elif kind == "orthogonality":
-            gradient = orthogonality_gradient(rows * kept[:, None], start_vector(weight), *part.chunk(2))
+            gradient = orthogonality_gradient(rows * kept[:, None], start_vector(weight), *part.double().chunk(2))
         else:
             gradient = kernel_covariance(w, kept, include_diagonal)[1]
         like = torch.empty_like(weight)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_filter_vector, check_ord, check_rate, check_weights
+from ..checks import check_filter_vector, check_ord, check_rate, check_scores, check_weights
 
 
 def norms_of(weight: Tensor, ord: int) -> Tensor:
@@ -27,13 +27,7 @@ def filter_norms(weights: Sequence[Tensor], ord: int) -> Tensor:
 
 def kth_threshold(scores: Tensor, k: int) -> Tensor:
     """``sort(scores)[k]``, a float32 scalar."""
-    if scores.dim() != 1 or scores.dtype != torch.float32 or not scores.is_contiguous():
-        raise RuntimeError(
-            f"kth_threshold: scores must be a contiguous float32 vector, "
-            f"got {str(scores.dtype).removeprefix('torch.')} {list(scores.shape)}"
-        )
-    if not 0 <= k < scores.numel():
-        raise RuntimeError(f"kth_threshold: k must be in [0, {scores.numel()}), got {k}")
+    check_scores("kth_threshold", scores, k)
     if scores.isnan().any():
         raise RuntimeError("kth_threshold: scores have a NaN")
     return scores.sort().values[k].clone()

@@ -1,0 +1,191 @@
+// weight_mask: contract in fastprune/ops/weight_mask.py.
+//
+// Three launches count the importances' digits, most significant first, each within the bin that the one
+// before it found; a fourth writes the masks. The importances are computed anew each time, never stored.
+#include "../weight_mask.h"
+#include "launch.cuh"
+#include "reduce.cuh"
+#include "vector.cuh"
+
+namespace fastprune::cuda {
+namespace {
+
+constexpr int32_t kBlocksPerSm = 2;  // 64 registers, 32 warps on every multiprocessor since sm_80
+
+// An importance is |a|, |a · a| or |a · b|; a and b lie behind the pointers of a layer, and then the mask.
+enum class Formula { magnitude, square, product };
+enum Pointer { kA, kB, kMask };
+
+template <class T>
+constexpr int32_t kWidth = kVectorBytes / sizeof(T);
+
+// Vectors of each tensor that a thread asks for before it waits.
+constexpr int32_t kInFlight = 2;
+
+template <class T>
+struct Values {
+  Vector<T, kWidth<T>> a, b;
+};
+
+template <class T>
+__device__ int32_t importance_bits(T a, T b, Formula formula) {
+  auto value = widen(a);
+  if (formula == Formula::square) value *= value;
+  if (formula == Formula::product) value *= widen(b);
+  return __float_as_int(fabsf(static_cast<float>(value)));
+}
+
+// Calls f(k, bits, count, whole) for the vectors of this thread, from element k of the layer on.
+template <class T, class F>
+__device__ void for_importances(const Place& place, Formula formula, const F& f) {
+  constexpr int32_t kEach = kWidth<T>;
+  const Extent extent = extent_of(place, kEach);
+  const T* a = input<T>(place.layer, kA) + extent.begin;
+  const T* b = input<T>(place.layer, kB);
+  if (b) b += extent.begin;
+  const auto read = [&](int64_t k, int32_t count, auto kind) {
+    Values<T> values{load<kEach>(a + k, count, kind), {}};
+    if (b) values.b = load<kEach>(b + k, count, kind);
+    return values;
+  };
+  for_vectors<kEach, kInFlight>(place, extent.size, read,
+                                [&](int64_t k, const Values<T>& values, int32_t count, auto kind) {
+                                  Vector<int32_t, kEach> bits;
+#pragma unroll
+                                  for (int32_t i = 0; i < kEach; ++i)
+                                    bits.x[i] = importance_bits(values.a.x[i], values.b.x[i], formula);
+                                  f(extent.begin + k, bits, count, kind);
+                                });
+}
+
+struct Pass {
+  int32_t index;
+  Digit digit;
+  uint32_t blocks;  // of all launches
+  uint64_t rank;    // of the threshold, in the first pass
+};
+
+// By one block: the bin that holds the importance of that rank, and its rank there. Counts are read where the
+// atomics of all blocks left them.
+__device__ void find_bin(const Pass& pass, int32_t prefix, WeightSelection& selection) {
+  __shared__ uint64_t sums[kThreads / 32];
+  const int32_t each = (1 << pass.digit.bits) / kThreads, first = threadIdx.x * each;
+  const uint64_t* counts = selection.counts[pass.index];
+  const uint64_t rank = pass.index == 0 ? pass.rank : selection.rank;
+  const int32_t lane = threadIdx.x % 32;
+  uint64_t sum = 0;
+  for (int32_t i = 0; i < each; ++i) sum += counts[first + i];
+  uint64_t before = sum;  // up to and with this thread's bins; first those of the warp
+  for (int32_t offset = 1; offset < 32; offset *= 2) {
+    const uint64_t lower = __shfl_up_sync(kWholeWarp, before, offset);
+    if (lane >= offset) before += lower;
+  }
+  if (lane == 31) sums[threadIdx.x / 32] = before;
+  const bool infinite = pass.index == 0 && first >= kInfinityBin && sum > 0;
+  const bool keep_all = __syncthreads_or(infinite);
+  for (int32_t warp = 0; warp < threadIdx.x / 32; ++warp) before += sums[warp];
+  before -= sum;
+  if (rank < before || rank >= before + sum) return;  // in another thread's bins
+  int32_t bin = first;
+  uint64_t left = rank - before;
+  for (; left >= counts[bin]; ++bin) left -= counts[bin];
+  selection.prefix = keep_all ? -1 : prefix << pass.digit.bits | bin;
+  selection.rank = left;
+}
+
+template <class T, int32_t Capacity>
+__global__ __launch_bounds__(kThreads, kBlocksPerSm) void weight_counts_kernel(
+    const __grid_constant__ Table<Capacity> table, Formula formula, Pass pass, WeightSelection* selection) {
+  __shared__ uint32_t counts[kWeightBins];
+  const int32_t bins = 1 << pass.digit.bits;
+  const int32_t prefix = selection->prefix;
+  if (prefix < 0) return;  // there is nothing more to find
+  for (int32_t i = threadIdx.x; i < bins; i += kThreads) counts[i] = 0;
+  __syncthreads();
+  for_importances<T>(place_of(table, blockIdx.x, threadIdx.x), formula,
+                     [&](int64_t, const auto& bits, int32_t count, auto) {
+#pragma unroll
+                       for (int32_t i = 0; i < kWidth<T>; ++i) {
+                         const int32_t digits = bits.x[i] >> pass.digit.shift;
+                         if (i < count && digits >> pass.digit.bits == prefix)
+                           atomicAdd(&counts[digits & (bins - 1)], 1u);
+                       }
+                     });
+  __syncthreads();
+  auto* totals = reinterpret_cast<unsigned long long*>(selection->counts[pass.index]);
+  for (int32_t i = threadIdx.x; i < bins; i += kThreads)
+    if (counts[i]) atomicAdd(&totals[i], static_cast<unsigned long long>(counts[i]));
+  if (is_last_block(&selection->tickets[pass.index], pass.blocks)) find_bin(pass, prefix, *selection);
+}
+
+template <class T, int32_t Capacity>
+__global__ __launch_bounds__(kThreads, kBlocksPerSm) void weight_mask_kernel(
+    const __grid_constant__ Table<Capacity> table, Formula formula, const WeightSelection* selection) {
+  const Place place = place_of(table, blockIdx.x, threadIdx.x);
+  const int32_t threshold = __ldg(&selection->prefix);  // below 0, all are kept
+  bool* mask = output<bool>(place.layer, kMask);
+  for_importances<T>(place, formula, [&](int64_t k, const auto& bits, int32_t count, auto kind) {
+    Vector<bool, kWidth<T>> kept;
+#pragma unroll
+    for (int32_t i = 0; i < kWidth<T>; ++i) kept.x[i] = bits.x[i] > threshold;
+    store(mask + k, kept, count, kind);
+  });
+}
+
+Formula formula_of(Importance importance) {
+  if (importance == Importance::taylor) return Formula::product;
+  return importance == Importance::l2 ? Formula::square : Formula::magnitude;
+}
+
+template <class T>
+void launch_all(const Plan& plan, Formula formula, uint64_t rank, WeightSelection* selection,
+                cudaStream_t stream) {
+  for (int32_t i = 0; i < kWeightPasses; ++i) {
+    const Pass pass{i, kWeightDigits[i], static_cast<uint32_t>(plan.blocks), rank};
+    for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
+      weight_counts_kernel<T, Capacity>
+          <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, formula, pass, selection);
+    });
+  }
+  for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
+    weight_mask_kernel<T, Capacity>
+        <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, formula, selection);
+  });
+}
+
+std::vector<Tensor> weight_mask(std::vector<Tensor> weights, double rate, std::string name,
+                                std::vector<Tensor> grads) {
+  check_rate("weight_mask", rate);
+  const auto layers = check_weights("weight_mask", weights);
+  const Importance importance = parse_importance(name);
+  check_grads(weights, grads, importance, name);
+  if (weights.empty()) return {};
+  const Formula formula = formula_of(importance);
+  const DeviceGuard guard(weights[0].get_device_index());
+  const cudaStream_t stream = current_stream(weights[0]);
+
+  std::vector<Tensor> masks;
+  std::vector<Run> runs;
+  int64_t total = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    masks.push_back(empty_like(weights[i], ScalarType::Bool));
+    const void* a = importance == Importance::grad ? grads[i].const_data_ptr() : layers[i].data;
+    const void* b = formula == Formula::product ? grads[i].const_data_ptr() : nullptr;
+    runs.push_back({{a, b, masks[i].mutable_data_ptr()}, 0, weights[i].numel()});
+    total += weights[i].numel();
+  }
+  const Plan plan = make_plan(runs, weights[0].element_size());
+  Tensor scratch = torch::stable::new_empty(weights[0], {sizeof(WeightSelection)}, ScalarType::Byte);
+  auto* selection = static_cast<WeightSelection*>(scratch.mutable_data_ptr());
+  STD_CUDA_CHECK(cudaMemsetAsync(selection, 0, sizeof(*selection), stream));
+  visit_dtype(weights[0].scalar_type(), [&](auto type) {
+    launch_all<typename decltype(type)::type>(plan, formula, threshold_rank(total, rate), selection, stream);
+  });
+  return masks;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) { library.impl("weight_mask", TORCH_BOX(&weight_mask)); }
+
+}  // namespace fastprune::cuda

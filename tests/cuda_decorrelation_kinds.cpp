@@ -1,0 +1,103 @@
+// The layouts of csrc/cuda/decorrelation_<kind>.h for the tests: what the launchers compute, through ctypes.
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "../csrc/cuda/decorrelation_kernel_covariance.h"
+#include "../csrc/cuda/decorrelation_orthogonality.h"
+
+namespace kernel_covariance = fastprune::cuda::kernel_covariance;
+namespace orthogonality = fastprune::cuda::orthogonality;
+
+namespace {
+
+// As DecorrelationLayer of csrc/decorrelation.h, which needs PyTorch's headers.
+struct From {
+  const void* data;
+  void* gradient;
+  int64_t filters, size, first, coefficients, sizes[3], strides[3];
+};
+
+// Null with a message in `error` (of 256 bytes) where the layers cannot be laid out.
+template <class F>
+void* make(const F& make_plan, const From* layers, int64_t count, char* error) {
+  try {
+    return make_plan(std::vector<From>(layers, layers + count));
+  } catch (const std::exception& exception) {
+    std::strncpy(error, exception.what(), 255);
+    return nullptr;
+  }
+}
+
+template <class Table>
+int64_t copy(const Table& table, void* to) {
+  if (to) std::memcpy(to, &table, sizeof(table));
+  return sizeof(table);
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t orthogonality_capacity(bool large) {
+  return large ? orthogonality::kLargeTable : orthogonality::kSmallTable;
+}
+
+void* orthogonality_plan(const From* layers, int64_t count, int64_t element_size, bool backward,
+                         int32_t small_table, int32_t large_table, char* error) {
+  return make(
+      [&](const std::vector<From>& from) {
+        return new orthogonality::Plan(
+            orthogonality::make_plan(from, element_size, backward, small_table, large_table));
+      },
+      layers, count, error);
+}
+
+void orthogonality_free(orthogonality::Plan* plan) { delete plan; }
+
+// launches, offset of the norms and of the counters, bytes of counters, and the tasks of every launch
+void orthogonality_sizes(const orthogonality::Plan* plan, int64_t accumulator_size, int64_t* sizes) {
+  *sizes++ = static_cast<int64_t>(plan->launches.size());
+  *sizes++ = plan->norms(accumulator_size);
+  *sizes++ = plan->counters(accumulator_size);
+  *sizes++ = plan->counter_bytes();
+  for (const auto& launch : plan->launches) *sizes++ = launch.tasks;
+}
+
+// Writes a launch's table, a kernel parameter, and returns its size; nothing is written where `to` is null.
+int64_t orthogonality_table(const orthogonality::Plan* plan, int64_t launch, bool large, void* to) {
+  const auto& grid = plan->launches[launch];
+  return large ? copy(orthogonality::make_table<orthogonality::kLargeTable>(*plan, grid), to)
+               : copy(orthogonality::make_table<orthogonality::kSmallTable>(*plan, grid), to);
+}
+
+int32_t kernel_covariance_capacity(bool large) {
+  return large ? kernel_covariance::kLargeTable : kernel_covariance::kSmallTable;
+}
+
+void* kernel_covariance_plan(const From* layers, int64_t count, int64_t element_size, bool,
+                             int32_t small_table, int32_t large_table, char* error) {
+  return make(
+      [&](const std::vector<From>& from) {
+        return new kernel_covariance::Plan(
+            kernel_covariance::make_plan(from, element_size, small_table, large_table));
+      },
+      layers, count, error);
+}
+
+void kernel_covariance_free(kernel_covariance::Plan* plan) { delete plan; }
+
+// launches, blocks of all, offset of the ticket, and the blocks of every launch
+void kernel_covariance_sizes(const kernel_covariance::Plan* plan, int64_t, int64_t* sizes) {
+  *sizes++ = static_cast<int64_t>(plan->launches.size());
+  *sizes++ = plan->blocks;
+  *sizes++ = plan->ticket();
+  for (const auto& launch : plan->launches) *sizes++ = launch.blocks;
+}
+
+int64_t kernel_covariance_table(const kernel_covariance::Plan* plan, int64_t launch, bool large, void* to) {
+  const auto& grid = plan->launches[launch];
+  return large ? copy(kernel_covariance::make_table<kernel_covariance::kLargeTable>(*plan, grid), to)
+               : copy(kernel_covariance::make_table<kernel_covariance::kSmallTable>(*plan, grid), to);
+}
+}

@@ -1,0 +1,186 @@
+"""The ops' launchers on every GPU: values, streams, the device guard and CUDA graphs, for each implementation.
+
+Where there is no GPU the same runs on the CPU, with a fake of what is CUDA's (fake_cuda.py): that tests these tests.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import cases
+import pytest
+import rows
+import torch
+from device import CudaDevice
+from fake_cuda import FakeDevice
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastprune import ops
+
+GPUS = [CudaDevice(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+DEVICES = GPUS or [FakeDevice()]
+SHAPES = [(40, 16, 3, 3), (24, 40), (9, 5, 3, 1), (16, 3, 7, 7)]
+RATE = 0.6
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Of all ops; what an op writes to is among them."""
+
+    weights: list[Tensor]
+    mask: Tensor
+    scores: Tensor
+    upstream: list[Tensor]
+    params: list[Tensor]
+    momenta: list[Tensor]
+    masked: list[Tensor]
+    norms: Tensor
+    updated: Tensor
+
+    def to(self, device: torch.device) -> Inputs:
+        """A copy on the device."""
+        moved: list[Any] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            copies = [tensor.to(device, copy=True) for tensor in tree_leaves(value)]
+            moved.append(copies if isinstance(value, list) else copies[0])
+        return Inputs(*moved)
+
+    def copy_(self, other: Inputs) -> None:
+        """Take over the other's values."""
+        for mine, theirs in zip(tree_leaves(list(vars(self).values())), tree_leaves(list(vars(other).values()))):
+            mine.copy_(theirs)
+
+
+def inputs(seed: int) -> Inputs:
+    weights, upstream, momenta = (cases.random_weights(SHAPES, seed=seed + i) for i in range(3))
+    mask = cases.random_mask(SHAPES, seed)
+    return Inputs(
+        weights=weights,
+        mask=mask,
+        scores=weights[0].flatten().clone(),
+        upstream=[tensor.bfloat16() for tensor in upstream],
+        params=[*(weight.clone() for weight in weights), torch.ones(7)],
+        momenta=[*momenta, torch.ones(7)],
+        masked=[torch.zeros_like(weight, dtype=torch.bfloat16) for weight in weights],
+        norms=torch.zeros(len(mask)),
+        updated=torch.zeros_like(mask),
+    )
+
+
+def masked_weights(x: Inputs) -> Any:
+    leaves = [weight.detach().requires_grad_() for weight in x.weights]
+    masked = ops.masked_weights(leaves, x.mask, torch.bfloat16)
+    return [tensor.detach() for tensor in masked], torch.autograd.grad(masked, leaves, x.upstream)
+
+
+def decorrelation(kind: str) -> Callable[[Inputs], Any]:
+    def call(x: Inputs) -> Any:
+        leaves = [weight.detach().requires_grad_() for weight in x.weights]
+        penalty = ops.decorrelation(leaves, kind)
+        return penalty.detach(), torch.autograd.grad(penalty, leaves, materialize_grads=True)
+
+    return call
+
+
+def sgd_step_(x: Inputs) -> Any:
+    grads = [*x.weights, torch.full_like(x.params[-1], 0.5)]
+    outputs: dict[str, Any] = {"layers": len(x.masked), "mask": x.mask, "masked": x.masked, "norms": x.norms}
+    ops.sgd_step_(x.params, grads, x.momenta, lr=0.1, momentum=0.9, weight_decay=0.01, **outputs)
+    return x.params, x.momenta, x.masked, x.norms
+
+
+# By name, the ops that serve a call, and the call; it returns all it has written.
+CALLS: dict[str, tuple[list[str], Callable[[Inputs], Any]]] = {
+    "filter_norms": (["filter_norms"], lambda x: ops.filter_norms(x.weights)),
+    "kth_threshold": (["kth_threshold"], lambda x: ops.kth_threshold(x.scores, 7)),
+    "filter_mask": (["filter_mask"], lambda x: ops.filter_mask(x.weights, RATE)),
+    "update": (["update_filter_masks_"], lambda x: ops.update_filter_masks_(x.weights, RATE, x.updated)),
+    "weight_mask": (["weight_mask"], lambda x: ops.weight_mask(x.weights, RATE)),
+    "masked_weights": (["masked_weights", "masked_weights_backward"], masked_weights),
+    "sgd_step": (["sgd_step_"], sgd_step_),
+    **{kind: (["decorrelation", "decorrelation_backward"], decorrelation(kind)) for kind in ops.DECORRELATION_KINDS},
+}
+
+
+def parameters() -> Iterator[Any]:
+    for device in DEVICES:
+        for name, (served, _) in CALLS.items():
+            for implementation, backend in rows.implementations(device, served).items():
+                yield pytest.param(device, name, backend, id=f"{device.name}-{name}-{implementation}")
+
+
+EVERY = pytest.mark.parametrize(("device", "name", "backend"), list(parameters()))
+
+
+def expected(name: str, seed: int) -> list[Tensor]:
+    """The reference's, on the CPU."""
+    with cases.active(cases.REFERENCE):
+        return tree_leaves(CALLS[name][1](inputs(seed)))
+
+
+def assert_right(results: Any, name: str, seed: int, device: CudaDevice) -> None:
+    device.synchronize()
+    for result, want in zip(tree_leaves(results), expected(name, seed), strict=True):
+        assert result.device == device.name
+        if want.dtype == torch.bool:
+            assert torch.equal(result.cpu(), want)
+        else:
+            cases.assert_near(result.cpu(), want.double(), name)
+
+
+def seed_of(name: str) -> int:
+    return zlib.crc32(name.encode()) % 1000
+
+
+@EVERY
+def test_values(device: CudaDevice, name: str, backend: str) -> None:
+    """The current device is the first GPU, whichever the tensors are on."""
+    seed = seed_of(name)
+    with rows.chosen(backend):
+        assert_right(CALLS[name][1](inputs(seed).to(device.name)), name, seed, device)
+
+
+@EVERY
+def test_on_streams(device: CudaDevice, name: str, backend: str) -> None:
+    """Calls on two streams at once, each behind work that brings its inputs late: nothing is read before, or shared."""
+    seeds = [seed_of(name), seed_of(name) + 10]
+    there = [inputs(0).to(device.name) for _ in seeds]
+    late = [inputs(seed).to(device.name) for seed in seeds]
+    device.synchronize()
+    results = []
+    with rows.chosen(backend):
+        for mine, fresh in zip(there, late):
+            with device.stream():
+                for _ in range(50):
+                    device.flush()  # some milliseconds
+                mine.copy_(fresh)
+                results.append(CALLS[name][1](mine))
+    for result, seed in zip(results, seeds):
+        assert_right(result, name, seed, device)
+
+
+@EVERY
+def test_in_a_graph(device: CudaDevice, name: str, backend: str) -> None:
+    """Replays compute with the values that are there then: nothing of a call was decided on the host."""
+    there = inputs(0).to(device.name)
+    with rows.chosen(backend):
+        replay = device.capture(lambda: CALLS[name][1](there))
+        for seed in (seed_of(name), seed_of(name) + 10):
+            there.copy_(inputs(seed).to(device.name))
+            assert_right(replay(), name, seed, device)
+
+
+def test_every_op_is_among_the_calls() -> None:
+    assert {op for served, _ in CALLS.values() for op in served} == {entry.op for entry in ops.backends()}
+
+
+def test_a_wrong_result_is_seen() -> None:
+    """Of inputs that came late, of another seed, or from a graph that kept what it was captured with."""
+    for name, (_, call) in CALLS.items():
+        with pytest.raises(AssertionError):
+            assert_right(call(inputs(0).to(DEVICES[0].name)), name, seed_of(name), DEVICES[0])
