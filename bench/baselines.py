@@ -7,11 +7,19 @@ written filter by filter from Python. Its decorrelation term is detached: it has
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def compiled(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same by `torch.compile`, for these very shapes and as if nothing had been compiled before."""
+    torch.compiler.reset()
+    return torch.compile(call, dynamic=False)
+
 
 # ------------------------------------------------------------------------------------------- filter masks
 
@@ -31,6 +39,12 @@ def pytorch_vector_norm_masks(weights: list[Tensor], rate: float) -> Tensor:
     """The masks by those norms."""
     scores = pytorch_norms(weights)
     return scores > scores.kthvalue(int(len(scores) * rate) + 1).values
+
+
+def pytorch_topk_masks(weights: list[Tensor], rate: float) -> Tensor:
+    """The masks by `torch.topk` instead of `kthvalue`: the threshold is the least of the N - k largest."""
+    scores = torch.cat([weight.abs().mean((1, 2, 3)) for weight in weights])
+    return scores > scores.topk(len(scores) - int(len(scores) * rate), sorted=False).values.min()
 
 
 def original_importances(weights: list[Tensor]) -> list[np.ndarray]:
@@ -73,6 +87,29 @@ def pytorch_masked(weights: list[Tensor], masks: list[Tensor], dtype: torch.dtyp
     return [_StraightThrough.apply(weight, mask, dtype) for weight, mask in zip(weights, masks)]
 
 
+class _ForeachStraightThrough(torch.autograd.Function):
+    """W · mask of all layers in another dtype, by `torch._foreach_*`; the gradients pass as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, masks: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_foreach_cast(torch._foreach_mul(weights, masks), dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, *_foreach_cast(grads, torch.float32)
+
+
+def _foreach_cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(results, tensors)
+    return results
+
+
+def pytorch_foreach_masked(weights: list[Tensor], masks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """All layers in a few launches; `masks` are as large as the weights, else it would be a launch for each."""
+    return list(_ForeachStraightThrough.apply(dtype, masks, *weights))
+
+
 def original_masked(weights: list[Tensor], masks: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The same with masks as large as the weights."""
     return pytorch_masked(weights, masks, dtype)
@@ -89,6 +126,11 @@ def _covariance(rows: Tensor) -> Tensor:
 def pytorch_covariance(weights: list[Tensor]) -> Tensor:
     """Σ over layers and i ≤ j of |C_ij|, by autograd's ops."""
     return torch.stack([_covariance(weight.flatten(1)).abs().triu().sum() for weight in weights]).sum()
+
+
+def pytorch_cov(weights: list[Tensor]) -> Tensor:
+    """The same by `torch.cov`."""
+    return torch.stack([torch.cov(weight.flatten(1)).abs().triu().sum() for weight in weights]).sum()
 
 
 def pytorch_kernel_covariance(weights: list[Tensor]) -> Tensor:
@@ -108,12 +150,18 @@ def pytorch_correlation(weights: list[Tensor]) -> Tensor:
     return torch.stack(terms).sum()
 
 
+def pytorch_corrcoef(weights: list[Tensor]) -> Tensor:
+    """The same by `torch.corrcoef`."""
+    pearsons = [torch.corrcoef(weight.flatten(1)) for weight in weights]
+    return torch.stack([(pearson - pearson.diag().diag()).norm() / len(pearson) for pearson in pearsons]).sum()
+
+
 def pytorch_orthogonality(weights: list[Tensor]) -> Tensor:
     """Σ over layers of σ² by one power iteration, with vectors only: WᵀW is never formed."""
     terms = []
     for weight in weights:
         rows = weight.flatten(1)
-        steps = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64)
+        steps = torch.arange(1, rows.shape[1] + 1, dtype=torch.float64, device=rows.device)
         start = ((steps * ((5**0.5 - 1) / 2)).frac() - 0.5).to(rows.dtype)
         once = rows.T @ (rows @ start) - start
         twice = rows.T @ (rows @ once) - once
@@ -141,9 +189,26 @@ def pytorch_weight_masks(weights: list[Tensor], rate: float) -> list[Tensor]:
     return [score > threshold for score in scores]
 
 
+def pytorch_topk_weight_masks(weights: list[Tensor], rate: float) -> list[Tensor]:
+    """The same by `torch.topk`."""
+    scores = [weight.abs() for weight in weights]
+    every = torch.cat([score.flatten() for score in scores])
+    threshold = every.topk(len(every) - int(len(every) * rate), sorted=False).values.min()
+    return [score > threshold for score in scores]
+
+
+def pytorch_foreach_weight_masks(weights: list[Tensor], rate: float) -> list[Tensor]:
+    """The same with the importances by `torch._foreach_abs`."""
+    scores = torch._foreach_abs(weights)
+    every = torch.cat([score.flatten() for score in scores])
+    threshold = every.kthvalue(int(len(every) * rate) + 1).values
+    return [score > threshold for score in scores]
+
+
 def original_weight_masks(weights: list[Tensor], rate: float) -> list[Tensor]:
     """float32 masks, by a sort of all importances in numpy."""
     importances = [np.abs(weight.detach().cpu().numpy()) for weight in weights]
     every = np.sort(np.concatenate([importance.ravel() for importance in importances]))
     threshold = every[int(len(every) * rate)]
-    return [torch.from_numpy((importance > threshold).astype(np.float32)) for importance in importances]
+    masks = [torch.from_numpy((importance > threshold).astype(np.float32)) for importance in importances]
+    return [mask.to(weight.device) for mask, weight in zip(masks, weights)]

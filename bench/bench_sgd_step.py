@@ -8,7 +8,7 @@ from typing import Any
 import baselines
 import pytest
 import torch
-from layers import Measure, Network, Work
+from layers import Measure, Network, Ready, Work
 from torch import Tensor
 
 from fastprune import ops
@@ -20,24 +20,28 @@ FORMS: dict[str, dict[str, Any]] = {
     "pytorch for-loop": {"foreach": False},
     "pytorch foreach": {"foreach": True},
     "pytorch fused": {"fused": True},
-    "original": {"foreach": False},
 }
+GPU_FORMS: dict[str, dict[str, Any]] = {"torch.compile": {"foreach": True}}
+ORIGINAL: dict[str, dict[str, Any]] = {"original": {"foreach": False}}
+State = tuple[list[Tensor], list[Tensor], list[Tensor]]  # params, gradients, momenta
 Result = tuple[list[Tensor], list[Tensor], Tensor]  # params, masked weights, norms
 
 
-def start(network: Network) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def start(network: Network) -> State:
     """Params (the convolutions first, then two vectors for the batch norm behind each), gradients and momenta."""
     norms = [torch.ones(len(weight)) for weight in network.weights for _ in range(2)]
     params = [*(weight.clone() for weight in network.weights), *norms]
     generator = torch.Generator().manual_seed(1)
     grads, momenta = ([torch.randn(p.shape, generator=generator) for p in params] for _ in range(2))
+    device = network.mask.device
+    params, grads, momenta = ([tensor.to(device) for tensor in tensors] for tensors in (params, grads, momenta))
     return params, grads, momenta
 
 
-def fused_call(network: Network) -> Callable[[], Result]:
+def fused_call(network: Network, state: State) -> Callable[[], Result]:
     """The op, which does all of it."""
-    params, grads, momenta = start(network)
-    norms = torch.empty(network.filters)
+    params, grads, momenta = state
+    norms = torch.empty(network.filters, device=network.mask.device)
     masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in network.weights]
     outputs: dict[str, Any] = {"layers": len(masked), "mask": network.mask, "masked": masked, "norms": norms}
 
@@ -48,34 +52,37 @@ def fused_call(network: Network) -> Callable[[], Result]:
     return call
 
 
-def split_call(network: Network, rival: str) -> Callable[[], Result]:
+def split_call(network: Network, rival: str, state: State) -> Callable[[], Result]:
     """torch.optim.SGD, then the masked weights, then the norms."""
-    params, grads, momenta = start(network)
+    params, grads, momenta = state
     weights = params[: len(network.weights)]
-    optimizer = torch.optim.SGD(params, **SETTINGS, **FORMS[rival])
+    optimizer = torch.optim.SGD(params, **SETTINGS, **(FORMS | GPU_FORMS | ORIGINAL)[rival])
     for param, grad, momentum in zip(params, grads, momenta):
         param.grad = grad
         optimizer.state[param]["momentum_buffer"] = momentum
     masks = [rows.view(-1, 1, 1, 1) for rows in network.mask.float().split([len(weight) for weight in weights])]
-    if rival == "original":
-        masks = [mask.expand_as(weight).contiguous() for mask, weight in zip(masks, weights)]
+    expanded = [mask.expand_as(weight).contiguous() for mask, weight in zip(masks, weights)]
 
     def call() -> Result:
         optimizer.step()
         if rival == "original":
-            masked = baselines.original_masked(weights, masks, torch.bfloat16)
+            masked = baselines.original_masked(weights, expanded, torch.bfloat16)
             return params, masked, baselines.original_norms(weights)
-        return params, baselines.pytorch_masked(weights, masks, torch.bfloat16), baselines.pytorch_norms(weights)
+        masked = baselines.pytorch_masked(weights, masks, torch.bfloat16)
+        return params, masked, baselines.pytorch_norms(weights)
 
-    return call
+    return baselines.compiled(call) if rival == "torch.compile" else call
 
 
-@pytest.mark.parametrize("rival", ["fastprune", *FORMS])
-def test_sgd_step(measure: Measure, network: Network, rival: str) -> None:
-    call = fused_call(network) if rival == "fastprune" else split_call(network, rival)
+@pytest.mark.rivals("fastprune", *FORMS, ops=["sgd_step_"], gpu=list(GPU_FORMS), host=list(ORIGINAL))
+def test_sgd_step(measure: Measure, ready: Ready, network: Network, rival: str) -> None:
+    state = start(network)
+    call = ready(fused_call(network, state) if rival == "fastprune" else split_call(network, rival, state))
     params, grads, momenta = start(network)
+    for tensors, fresh in zip(state, (params, grads, momenta)):  # capturing a graph has taken steps
+        torch._foreach_copy_(tensors, fresh)
     masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in network.weights]
-    norms, layers = torch.empty(network.filters), len(network.weights)
+    norms, layers = torch.empty_like(network.mask, dtype=torch.float32), len(network.weights)
     lr, momentum, decay = SETTINGS.values()
     settings = (lr, momentum, 0.0, decay, False, False, False, None, None)
     reference.sgd_step_(params, grads, momenta, *settings, layers, network.mask, masked, norms, 1)
@@ -84,7 +91,7 @@ def test_sgd_step(measure: Measure, network: Network, rival: str) -> None:
         torch.testing.assert_close(result, want, rtol=1e-5, atol=1e-7)
     for result, want in zip(their_masked, masked):  # a last bit of float32 may decide the rounding to bfloat16
         torch.testing.assert_close(result, want, rtol=2**-7, atol=0)
-    torch.testing.assert_close(their_norms, norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(their_norms.to(norms.device), norms, rtol=1e-5, atol=0)
     # Weight, gradient and momentum are read, weight and momentum written; two bytes of each masked weight.
     elements = sum(param.numel() for param in params)
-    measure("sgd_step_", network, rival, call, Work(20 * elements + 2 * network.elements, 8 * elements))
+    measure("sgd_step_", network, call, Work(20 * elements + 2 * network.elements, 8 * elements))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ class Work:
     flops: int = 0
 
 
-Measure = Callable[..., None]  # (op, network, rival, call, work, seconds); the fixture of that name
+Measure = Callable[..., None]  # (op, network, call, work, seconds); the fixture of that name
+Ready = Callable[[Callable[[], Any]], Callable[[], Any]]  # the fixture of that name
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class Network:
     def elements(self) -> int:
         """P, all single weights."""
         return sum(weight.numel() for weight in self.weights)
+
+    def to(self, device: torch.device) -> Network:
+        """The same on a device."""
+        if device.type == "cpu":
+            return self
+        return Network(self.name, [weight.to(device) for weight in self.weights], self.mask.to(device))
 
     def gram_macs(self) -> int:
         """Multiply-adds of all layers' full Gram matrices, Σ F²·K."""
