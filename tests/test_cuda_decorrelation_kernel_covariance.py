@@ -151,7 +151,7 @@ def test_bytes_of_resnet50(layers: str, dtype: torch.dtype, layout: str) -> None
     named = models.create("resnet50").named_parameters()
     shapes = [tuple(parameter.shape) for name, parameter in named if parameter.dim() == 4 and layers in name]
     weights = cases.random_weights(shapes, dtype, layout)
-    forward, backward = call(weights, arch="sm_90").stats
+    forward, backward = call(weights, arch="sm_90", **cuda.COUNTING).stats
     read = sum(weight.nbytes for weight in weights if weight.shape[3] > 1)
     written = sum(weight.nbytes for weight in weights)
     assert forward.traffic_ratio(read) <= 1.05

@@ -209,7 +209,7 @@ def test_more_filters_than_65536(arch: str) -> None:
 def test_bytes_of_resnet50(dtype: torch.dtype) -> None:
     shapes = [tuple(p.shape) for p in models.create("resnet50").parameters() if p.dim() == 4]
     weights = cases.random_weights(shapes, dtype)
-    (stats,) = call(weights, 0.6, arch="sm_90").stats
+    (stats,) = call(weights, 0.6, arch="sm_90", **cuda.COUNTING).stats
     least = sum(weight.nbytes for weight in weights) + cases.count_filters(shapes)
     assert stats.traffic_ratio(least) <= 1.05
     assert stats.bytes_moved / stats.sector_bytes >= 0.95

@@ -174,7 +174,7 @@ def test_bytes_of_resnet50(source: torch.dtype, target: torch.dtype, backward: b
     shapes = [tuple(p.shape) for p in models.create("resnet50").parameters() if p.dim() == 4]
     inputs, mask = cases.random_weights(shapes, source), cases.random_mask(shapes)
     feedback = torch.full((len(mask),), 0.5) if backward else None
-    (stats,) = call(inputs, mask, target, feedback, backward, arch="sm_90").stats
+    (stats,) = call(inputs, mask, target, feedback, backward, arch="sm_90", **cuda.COUNTING).stats
     read = [x.nbytes if backward else x[m].nbytes for x, m in zip(inputs, mask.split([len(x) for x in inputs]))]
     least = sum(read) + len(mask) + sum(x.numel() * target.itemsize for x in inputs)
     # Pruned filters are not read: beside the kept ones, every mask once and every feedback that counts.

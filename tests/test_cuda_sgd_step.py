@@ -242,7 +242,7 @@ def test_params_without_filters_are_spread_over_blocks_and_empty_ones_over_none(
 def test_bytes_of_resnet50(dtype: torch.dtype, compute: torch.dtype) -> None:
     params = [tuple(p.shape) for p in models.create("resnet50").parameters()]
     shapes, others = ([s for s in params if (len(s) == 4) == filters] for filters in (True, False))
-    gpu = Gpu("sm_90")
+    gpu = Gpu("sm_90", cuda.COUNTING)
     after = state_of(shapes, others, dtype, compute).step(gpu, **HYPER["nesterov"])
     (stats,) = gpu.stats
     read = sum(x.nbytes for x in (*after.params, *after.grads, *after.momenta)) + after.mask.nbytes

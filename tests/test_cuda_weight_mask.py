@@ -98,7 +98,7 @@ def test_layers_beyond_the_large_table_take_more_launches_and_one_threshold() ->
 @pytest.mark.timeout(1800)
 def test_bytes_of_resnet50() -> None:
     shapes = [tuple(p.shape) for p in models.create("resnet50").parameters() if p.dim() == 4]
-    weights, gpu = cases.random_weights(shapes), Gpu("sm_90")
+    weights, gpu = cases.random_weights(shapes), Gpu("sm_90", cuda.COUNTING)
     results = weight_mask(gpu, weights, 0.9, "l1", ())
     assert all(map(torch.equal, results, reference.weight_mask(weights, 0.9, "l1", ())))
     total = sum(weight.numel() for weight in weights)

@@ -8,10 +8,11 @@ import cases
 import pytest
 import torch
 import triton_compiled
+from cuda_kernels import COUNTING, EITHER, ORDERS
 from ptxrun import PtxError
 from simulated import Gpu
 from torch import Tensor
-from triton_compiled import COUNTING, EITHER, ORDERS, call, planted, ptx_of
+from triton_compiled import call, planted, ptx_of
 
 from fastprune.kernels import layers
 from fastprune.ops import reference

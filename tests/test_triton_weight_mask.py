@@ -8,9 +8,10 @@ import cases
 import pytest
 import torch
 import triton_compiled
+from cuda_kernels import EITHER, ORDERS
 from ptxrun import PtxError
 from simulated import Gpu
-from triton_compiled import EITHER, ORDERS, call, planted, ptx_of
+from triton_compiled import call, planted, ptx_of
 
 from fastprune.ops import reference
 

@@ -19,15 +19,6 @@ from simulated import triton as driver
 from fastprune import kernels, models
 
 FOLDER = Path(kernels.__file__).parent
-# Tests that run on both architectures, the second with the slow tests.
-EITHER = pytest.mark.parametrize("arch", ["sm_80", pytest.param("sm_90", marks=pytest.mark.slow)])
-ORDERS: tuple[dict[str, Any], ...] = (
-    {},
-    {"block_order": "reverse", "atomic_order": "reverse", "batch": 1},
-    {"block_order": "random", "atomic_order": "random", "batch": 3, "seed": 5},
-)
-# Races are looked for in the other tests: here the whole of ResNet-50 is counted.
-COUNTING = {"race": False, "race_global": False}
 
 
 def resnet50() -> list[tuple[int, ...]]:

@@ -225,7 +225,7 @@ class Memory:
     def __init__(self, capacity=1 << 26):
         self.base = GLOBAL_BASE
         self._reserve(capacity)
-        self.top = 0
+        self.top = self.high = 0  # the end of what is in use, now and at most since memory was given back
         self.blocks = {}  # offset -> nbytes
         self._bump(self.GUARD)
 
@@ -247,6 +247,7 @@ class Memory:
         self.slow_l[self.top : new] = 1
         self.slow_s[self.top : new] = 1
         self.top = new
+        self.high = max(self.high, new)
 
     def _alloc(self, nbytes, shift=0):
         off = self.top + shift
@@ -303,6 +304,13 @@ class Memory:
         self.top = max(
             (-(-(o + max(m, 1)) // 512) * 512 + self.GUARD for o, m in self.blocks.items()), default=self.GUARD
         )
+        if self.high - self.top > 1 << 28:  # a large launch is over
+            self._give_back()
+            self.high = self.top
+
+    def _give_back(self):
+        """Return the host's memory above the top."""
+        self._reserve(max(self.top, 1 << 26))
 
     def begin_launch(self):
         n = self.top

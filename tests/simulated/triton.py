@@ -54,6 +54,16 @@ class MappedMemory(Memory):
         self.flag, self.slow_l, self.slow_s = (np.zeros(CAPACITY, np.uint8) for _ in range(3))
         self.cap = CAPACITY
 
+    def _give_back(self) -> None:
+        libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        above = -(-self.top // page) * page
+        assert libc.madvise(GLOBAL_BASE + above, CAPACITY - above, mmap.MADV_DONTNEED) == 0
+        for name in ("flag", "slow_l", "slow_s"):
+            kept = getattr(self, name)[: self.top].copy()
+            setattr(self, name, np.zeros(CAPACITY, np.uint8))
+            getattr(self, name)[: self.top] = kept
+
     def _alloc(self, nbytes: int, shift: int = 0) -> int:
         """As `Memory`, but in the first gap that is large enough: blocks are given back in any order."""
         need = -(-max(nbytes + shift, 1) // 512) * 512 + self.GUARD
