@@ -684,7 +684,7 @@ class Launch:
         for k in range(0, len(ids), per):
             part = ids[k : k + per]
             if S is None or S.B != len(part):
-                self._count(sch, bbs)
+                self._finish(S, sch, bbs)
                 lay = Layout(self, frames, len(part) * (-(-int(np.prod(self.block)) // 32) * 32))
                 S = Batch(len(part), self.block, self.grid, self.smem_bytes, lay.local_bytes, self)
                 if self.race:
@@ -694,9 +694,11 @@ class Launch:
             S.start(part)
             sch.run()
             self.stats.batches += 1
-        self._count(sch, bbs)
+        self._finish(S, sch, bbs)
 
-    def _count(self, sch, bbs):
+    def _finish(self, S, sch, bbs):
+        """Count what a batch has executed, and let go of it: its closures refer to it, and Python's collector comes
+        late for a cycle of few objects, though they hold up to hundreds of megabytes."""
         if sch is None:
             return
         st = self.stats
@@ -709,3 +711,5 @@ class Launch:
                 for o, n in c.items():
                     st.opcodes[o] += n * int(nt)
                     st.warp_opcodes[o] += n * int(nw)
+        vars(S).clear()
+        vars(sch).clear()
