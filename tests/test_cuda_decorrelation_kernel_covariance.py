@@ -21,7 +21,6 @@ from fastprune.ops import reference
 SOURCE = "decorrelation_kernel_covariance"
 # Kernels in registers and in shared memory, more slices than threads, and what has no covariance.
 SHAPES = [(16, 70, 3, 3), (3, 2, 5, 5), (2, 3, 7, 7), (3, 2, 11, 3), (2, 3, 1, 2), (5, 4, 3, 1), (7, 9)]
-LAYERS = {**cases.LAYERS, "every-size": SHAPES, "huge": [(2, 1, 35, 36), (1, 2, 3, 500)]}
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,21 @@ def test_layouts(layout: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
-@pytest.mark.parametrize("layers", sorted(LAYERS.keys() - cases.LAYERS.keys()))
-def test_layers_of_its_own(layers: str, layout: str, arch: str) -> None:
+def test_slices_of_every_size(layout: str, arch: str) -> None:
     for dtype in cases.DTYPES:
         for masked, diagonal in ((False, True), (True, False), (True, True)):
-            check(LAYERS[layers], dtype, layout, masked, diagonal, arch=arch)
+            check(SHAPES, dtype, layout, masked, diagonal, arch=arch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "arch", "diagonal"), [("contiguous", "sm_80", True), ("channels-last", "sm_90", False)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_slices_beyond_shared_memory(dtype: torch.dtype, layout: str, arch: str, diagonal: bool) -> None:
+    """A block for each; executing their long loops takes long, so only two of each."""
+    wide = (2, 1, 9, 65) if dtype == torch.float64 else (2, 1, 9, 130)
+    check([wide, (2, 2, 3, 3)], dtype, layout, masked=True, diagonal=diagonal, arch=arch)
 
 
 def test_other_orders_of_dimensions() -> None:
