@@ -211,8 +211,8 @@ FAULTS = {
     "half of a warp": (
         "mask|lane",
         "decorrelation_orthogonality.cuh",
-        "__shfl_xor_sync(kWholeWarp,",
-        "__shfl_xor_sync(0xffffu,",
+        "other = __shfl_xor_sync(kWholeWarp,",
+        "other = __shfl_xor_sync(0xffffu,",
     ),
 }
 
