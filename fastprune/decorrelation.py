@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .nn import MaskedConv2d, is_ignored
+from .nn import MaskedConv2d, is_listed
 
 Kind = Literal["covariance", "kernel-covariance", "correlation", "orthogonality"]
 Precision = Literal["highest", "high", "medium"]
@@ -51,7 +51,7 @@ class Decorrelation:
         self.layers = [
             module
             for name, module in model.named_modules()
-            if isinstance(module, nn.Conv2d) and not is_ignored(name, module, ignore)
+            if isinstance(module, nn.Conv2d) and not is_listed(name, module, ignore)
         ]
         if not self.layers:
             raise ValueError("the model has no Conv2d to decorrelate")

@@ -122,16 +122,21 @@ def _forget_masked_weights(model: nn.Module, _: Any, __: Any) -> None:
             module.shared_weight = None
 
 
-def is_ignored(name: str, module: nn.Module, ignore: Iterable[str | nn.Module]) -> bool:
-    """Whether ``ignore`` names the module, one that contains it, or holds it itself."""
+def is_listed(name: str, module: nn.Module, entries: Iterable[str | nn.Module]) -> bool:
+    """Whether the entries name the module or one that contains it, or hold it or one that contains it."""
     return any(
-        module is entry or (isinstance(entry, str) and (name == entry or name.startswith(f"{entry}.")))
-        for entry in ignore
+        (name == entry or name.startswith(f"{entry}."))
+        if isinstance(entry, str)
+        else any(module is part for part in entry.modules())
+        for entry in entries
     )
 
 
 def mask_convolutions(
-    model: nn.Module, ignore: Iterable[str | nn.Module] = (), by_weight: bool = False
+    model: nn.Module,
+    ignore: Iterable[str | nn.Module] = (),
+    by_weight: bool = False,
+    include: Iterable[str | nn.Module] | None = None,
 ) -> dict[str, MaskedConv2d]:
     """Turn every ``Conv2d`` of ``model`` into a :class:`MaskedConv2d` in place, with nothing pruned yet.
 
@@ -141,22 +146,26 @@ def mask_convolutions(
         model: edited in place, this instance only.
         ignore: names (of a convolution or of a module that contains it) or modules to leave as they are.
         by_weight: masks of the weights' shape instead of one entry per filter.
+        include: names or modules, as for ``ignore``, outside of which all is left as it is; None for the whole model.
 
     Returns:
         The masked convolutions by name, in model order.
 
     Raises:
-        ValueError: if there is no convolution, or if an entry of ``ignore`` names nothing.
+        ValueError: if there is no convolution, or if an entry of ``ignore`` or ``include`` names nothing.
         TypeError: if a convolution is of a subclass of ``Conv2d``, whose own forward would be lost.
     """
-    ignore = list(ignore)
     names = dict(model.named_modules())
-    for entry in ignore:
-        if (entry not in names) if isinstance(entry, str) else (entry not in names.values()):
-            raise ValueError(f"ignore: {entry!r} is no module of this model")
+    ignore, include = list(ignore), None if include is None else list(include)
+    for argument, entries in (("ignore", ignore), ("include", include or [])):
+        for entry in entries:
+            if (entry not in names) if isinstance(entry, str) else (entry not in names.values()):
+                raise ValueError(f"{argument}: {entry!r} is no module of this model")
     found: dict[str, MaskedConv2d] = {}
     for name, module in names.items():
-        if not isinstance(module, nn.Conv2d) or is_ignored(name, module, ignore):
+        if not isinstance(module, nn.Conv2d) or is_listed(name, module, ignore):
+            continue
+        if include is not None and not is_listed(name, module, include):
             continue
         if type(module) not in (nn.Conv2d, MaskedConv2d):
             raise TypeError(

@@ -158,7 +158,7 @@ class PrunedSGD(torch.optim.Optimizer):
             mask=torch.cat([layer.mask for layer in layers]) if masked else None,
             masked=masked,
             norms=norms,
-            ord=1 if self.pruner is None else self.pruner.ord,
+            ord=1 if self.pruner is None or self.pruner.ord is None else self.pruner.ord,
         )
         for param, momentum in zip(params, momenta):
             self.state[param]["momentum_buffer"] = momentum
@@ -175,7 +175,7 @@ class PrunedSGD(torch.optim.Optimizer):
 
     def _norms_of(self, params: list[Tensor]) -> Tensor | None:
         """[N] float32 for the pruner's norms, the same each time, if these parameters begin with all of its weights."""
-        if self.pruner is None:
+        if self.pruner is None or self.pruner.ord is None:  # or its importance is no norm
             return None
         weights = [layer.weight for layer in self.pruner.layers.values()]
         if len(params) < len(weights) or any(a is not b for a, b in zip(weights, params)):

@@ -1,26 +1,34 @@
 """When masks change and what is kept: the pruning schedule around the ops."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from . import importance as importances
 from . import ops
+from .importance import ORDS, Importance
 from .nn import MaskedConv2d, following_batchnorms, mask_convolutions
+from .pruning_report import LayerReport, PruningReport
+from .selection import Scope, Selection
 
 Feedback = Literal["straight-through", "normalized", "none"]
-_ORDS = {"l1": 1, "l2": 2}
+Ramp = Literal["constant", "linear", "cubic"]
 
 
 class Pruner:
-    """The schedule that :class:`FilterPruner` and :class:`WeightPruner` share, and what can be read of the masks.
+    """The schedule that :class:`FilterPruner` and :class:`WeightPruner` share, and what can be done with the masks.
 
     Attributes:
         layers: the masked convolutions by name, in model order.
         steps: iterations finished so far.
     """
+
+    # What the rate does until it is what it shall be; FilterPruner sets them.
+    schedule: Ramp = "constant"
+    ramp_steps: int = 0
 
     def __init__(
         self,
@@ -40,6 +48,7 @@ class Pruner:
         self.model, self.layers = model, layers
         self.rate, self.every, self.until, self.steps_per_epoch = rate, every, until, period
         self.steps = 0
+        self._frozen = False
         if update_now:
             self._update_if_due()
 
@@ -47,7 +56,7 @@ class Pruner:
         """Count a finished iteration, and update the masks if the next one is due. Call it after ``optimizer.step()``.
 
         Iteration ``i`` of an epoch (0-based) starts with new masks when ``(i + 1) % every == 0``, until the schedule
-        ends.
+        ends or the masks are frozen.
 
         Returns:
             Whether the masks were updated.
@@ -59,13 +68,30 @@ class Pruner:
         return self._update_if_due()
 
     def _update_if_due(self) -> bool:
-        if self.until is not None and self.steps >= self.until:
+        if self.frozen:
             return False
         iteration = self.steps % self.steps_per_epoch if self.steps_per_epoch else self.steps
         due = (iteration + 1) % self.every == 0
         if due:
             self.update()
         return due
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks stay as they are from now on: the schedule has ended, or :meth:`freeze` was called."""
+        return self._frozen or (self.until is not None and self.steps >= self.until)
+
+    def freeze(self) -> None:
+        """Let the masks stay, whatever the schedule says; :meth:`update` and :meth:`set_masks` still work."""
+        self._frozen = True
+
+    @property
+    def current_rate(self) -> float:
+        """The rate of an update now: ``rate``, or what its schedule has it at."""
+        if self.schedule == "constant" or self.steps >= self.ramp_steps:
+            return self.rate
+        left = 1 - self.steps / self.ramp_steps
+        return self.rate * (1 - left ** (3 if self.schedule == "cubic" else 1))
 
     def update(self) -> None:
         """Recompute the masks now, whatever the schedule says."""
@@ -80,12 +106,37 @@ class Pruner:
     def _update(self) -> None:
         raise TypeError("use FilterPruner or WeightPruner")
 
-    def _weights(self) -> list[Tensor]:
-        return [layer.weight.detach() for layer in self.layers.values()]
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: layer.weight.detach() for name, layer in self.layers.items()}
 
     def masks(self) -> dict[str, Tensor]:
         """The masks by layer name; the tensors themselves, not copies."""
         return {name: layer.mask for name, layer in self.layers.items()}
+
+    def export_masks(self) -> dict[str, Tensor]:
+        """Copies of the masks on the CPU, by layer name: what :meth:`set_masks` takes."""
+        return {name: mask.detach().cpu().clone() for name, mask in self.masks().items()}
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace the masks of some or all layers. The next update that is due makes new ones: see :meth:`freeze`.
+
+        Args:
+            masks: by layer name, bool, of the shape of the layer's mask; True is kept.
+
+        Raises:
+            ValueError: for an unknown layer, or a mask of another shape or dtype. No mask is changed then.
+        """
+        own = self.masks()
+        for name, mask in masks.items():
+            if name not in own:
+                raise ValueError(f"{name!r} is no masked layer: they are {', '.join(own)}")
+            if mask.dtype != torch.bool or mask.shape != own[name].shape:
+                raise ValueError(
+                    f"the mask of {name} must be bool of shape {list(own[name].shape)}, "
+                    f"got {mask.dtype} of {list(mask.shape)}"
+                )
+        for name, mask in masks.items():
+            own[name].copy_(mask)
 
     def kept(self) -> dict[str, int]:
         """Kept filters per layer (those with a weight left). Reads the device."""
@@ -105,24 +156,40 @@ class Pruner:
         )
         return 100 * float(zeros) / sum(parameter.numel() for parameter in self.model.parameters())
 
-    def state_dict(self) -> dict[str, int]:
+    def report(self) -> PruningReport:
+        """What is kept of every convolution of the model, and why. Reads the device."""
+        rows, kept = [], self.kept()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Conv2d):
+                mine = name in self.layers
+                share = float(self.layers[name].mask.float().mean()) if mine else 1.0
+                why = self._why(name, kept[name]) if mine else "left alone: in ignore, or not in include"
+                rows.append(LayerReport(name, module.out_channels, kept.get(name, module.out_channels), share, why))
+        return PruningReport(tuple(rows))
+
+    def _why(self, name: str, kept: int) -> str:
+        """What decided about a layer."""
+        return f"rate {self.current_rate:g} of all weights"
+
+    def state_dict(self) -> dict[str, Any]:
         """The position in the schedule; the masks are in the model's own state_dict."""
-        return {"steps": self.steps}
+        return {"steps": self.steps, "frozen": self._frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``."""
-        self.steps = int(state["steps"])
+        self.steps, self._frozen = int(state["steps"]), bool(state.get("frozen", False))
 
 
 class FilterPruner(Pruner):
-    """Dynamic filter pruning with feedback: one global threshold over the filters of a model, renewed during training.
+    """Dynamic filter pruning with feedback: thresholds over the filters of a model, renewed during training.
 
     ``pruner = FilterPruner(model, rate=0.6)``, then ``pruner.step()`` after every ``optimizer.step()``.
 
     Args:
         model: converted in place: its ``Conv2d`` become :class:`fastprune.nn.MaskedConv2d`.
         rate: the share of filters to prune, ``0 <= rate < 1``; see :func:`fastprune.ops.filter_mask`.
-        importance: ``l1`` (mean ``|w|``) or ``l2`` (mean ``w²``).
+        importance: ``l1`` (mean ``|w|``), ``l2`` (mean ``w²``), ``fpgm`` (distance from the layer's geometric median)
+            or a function of a layer's name and weight; see :func:`fastprune.importance.scores`.
         every: masks are renewed before every ``every``-th iteration.
         until: the number of iterations after which masks stay; None for never.
         feedback: the gradient of pruned filters. ``straight-through``: as it comes. ``normalized``: times ``√ε`` of the
@@ -131,6 +198,14 @@ class FilterPruner(Pruner):
             gradients about 316 times those of live ones. 1 where no BatchNorm follows. ``none``: no gradient.
         steps_per_epoch: if given, ``every`` counts from the start of each epoch.
         ignore: names or modules to leave alone, see :func:`fastprune.nn.mask_convolutions`.
+        include: if given, names or modules outside of which all is left alone.
+        scope: ``global``: one threshold over all layers; ``layer``: one for each.
+        min_kept: filters that every layer keeps, its most important ones. The global threshold alone prunes whole
+            layers at high rates and the network with them; 0 is the rule as published.
+        round_to: kept filters of each layer come in multiples of it, rounded up.
+        schedule: how the rate gets to ``rate`` within ``ramp_steps`` iterations: ``constant`` (at once), ``linear``, or
+            ``cubic``, ``rate · (1 − (1 − t/T)³)`` (Zhu and Gupta, 2017).
+        ramp_steps: ``T``; None: ``until``.
 
     Raises:
         ValueError, TypeError: for arguments out of range and models that cannot be converted.
@@ -143,33 +218,48 @@ class FilterPruner(Pruner):
         self,
         model: nn.Module,
         rate: float,
-        importance: Literal["l1", "l2"] = "l1",
+        importance: Importance = "l1",
         every: int = 4,
         until: int | None = None,
         feedback: Feedback = "normalized",
         steps_per_epoch: int | None = None,
         ignore: Iterable[str | nn.Module] = (),
+        *,
+        include: Iterable[str | nn.Module] | None = None,
+        scope: Scope = "global",
+        min_kept: int = 1,
+        round_to: int = 1,
+        schedule: Ramp = "constant",
+        ramp_steps: int | None = None,
     ) -> None:
-        if importance not in _ORDS:
-            raise ValueError(f"importance must be l1 or l2, got {importance!r}")
+        importances.check_importance(importance)
         if feedback not in ("straight-through", "normalized", "none"):
             raise ValueError(f"feedback must be straight-through, normalized or none, got {feedback!r}")
+        if schedule not in ("constant", "linear", "cubic"):
+            raise ValueError(f"schedule must be constant, linear or cubic, got {schedule!r}")
+        ramp = until if ramp_steps is None else ramp_steps
+        if schedule != "constant" and (ramp is None or ramp < 1):
+            raise ValueError(f"schedule {schedule!r} needs ramp_steps of at least 1 (or until), got {ramp}")
+        Selection((), scope, min_kept, round_to)  # before the model is changed
         self.importance, self.feedback = importance, feedback
+        self.schedule, self.ramp_steps = schedule, ramp or 0
         norms = following_batchnorms(model) if feedback == "normalized" else {}
-        layers = mask_convolutions(model, ignore)
+        layers = mask_convolutions(model, ignore, include=include)
         for name, layer in layers.items():
             if feedback != "straight-through":
                 scale = (norms[name].eps ** 0.5 if name in norms else 1.0) if feedback == "normalized" else 0.0
                 layer.feedback = torch.full_like(layer.mask, scale, dtype=torch.float32)
+        self.selection = Selection(tuple(len(layer.mask) for layer in layers.values()), scope, min_kept, round_to)
         # All masks in one vector, for the op; the layers' own are written from it.
         self._mask = torch.cat([layer.mask for layer in layers.values()])
         self._taken: tuple[Tensor, list[tuple[int, ...]]] | None = None
+        self._above: Tensor | None = None  # the threshold's part of the last update, for the report
         super().__init__(model, layers, rate, every, until, steps_per_epoch)
 
     @property
-    def ord(self) -> int:
-        """The importance as the ops number it."""
-        return _ORDS[self.importance]
+    def ord(self) -> int | None:
+        """The importance as the ops number it; None for one that is no norm."""
+        return ORDS.get(self.importance) if isinstance(self.importance, str) else None
 
     def take_norms(self, norms: Tensor) -> None:
         """Take the norms of the weights as they are now, so that the next update need not read the weights.
@@ -185,26 +275,56 @@ class FilterPruner(Pruner):
         weights = [layer.weight for layer in self.layers.values()]
         return [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
 
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:  # noqa: D102
+        super().set_masks(masks)
+        self._above = None
+
     @torch.no_grad()
     def _update(self) -> None:
-        masks = list(self.masks().values())
+        masks, rate = list(self.masks().values()), self.current_rate
         if self._mask.device != masks[0].device:  # the model was moved
             self._mask = torch.cat(masks)
-        if not self._update_from_norms():
-            ops.update_filter_masks_(self._weights(), self.rate, self._mask, self.ord)
+        if rate == 0 and self.schedule != "constant":  # the ramp's beginning; rate 0 itself prunes the least filter
+            self._above = self._mask.fill_(True)
+        elif not self._update_from_norms(rate):
+            self._update_from_weights(rate)
         torch._foreach_copy_(masks, self._mask.split([mask.numel() for mask in masks]))
 
-    def _update_from_norms(self) -> bool:
+    def _update_from_weights(self, rate: float) -> None:
+        weights = self._weights()
+        if self.ord is not None and self.selection.is_threshold:
+            self._above = ops.update_filter_masks_(list(weights.values()), rate, self._mask, self.ord)
+        else:
+            self._select(importances.scores(weights, self.importance), rate)
+
+    def _update_from_norms(self, rate: float) -> bool:
         """Write the mask from norms that are known; False if there are none, or one is NaN."""
-        if self._taken is None or self._taken[1] != self._versions():
+        if self.ord is None or self._taken is None or self._taken[1] != self._versions():
             return False
-        norms = self._taken[0]
         try:
-            threshold = ops.kth_threshold(norms, int(norms.numel() * self.rate))
+            self._select(self._taken[0], rate)
         except RuntimeError:  # a NaN: measuring the weights themselves tells the layer
             return False
-        torch.gt(norms, threshold, out=self._mask)
         return True
+
+    def _select(self, scores: Tensor, rate: float) -> None:
+        above = self.selection.by_threshold(scores, rate)
+        # Where scores are not finite on a GPU, which nobody waits to see, the mask stays as it was.
+        mask = torch.where(scores.isfinite().all(), self.selection.bring_back(scores, above), self._mask)
+        self._above = above
+        self._mask.copy_(mask)
+
+    def _why(self, name: str, kept: int) -> str:
+        if self._above is None:
+            return "as set, loaded or new"
+        above = self._above.split([len(mask) for mask in self.masks().values()])[list(self.layers).index(name)]
+        count = int(above.sum())
+        why = f"{count} above the {self.selection.scope} threshold"
+        if kept > count:
+            rules = {"min_kept": self.selection.min_kept > 0, "round_to": self.selection.round_to > 1}
+            reasons = [f"{rule} {getattr(self.selection, rule)}" for rule, counts in rules.items() if counts]
+            why += f", {kept - count} more for {' and '.join(reasons)}"
+        return why
 
 
 class WeightPruner(Pruner):
@@ -257,5 +377,5 @@ class WeightPruner(Pruner):
                     )
                 # The op reads both side by side in memory.
                 grads.append(torch.empty_like(layer.weight).copy_(layer.weight.grad))
-        masks = ops.weight_mask(self._weights(), self.rate, self.importance, grads)
+        masks = ops.weight_mask(list(self._weights().values()), self.rate, self.importance, grads)
         torch._foreach_copy_(list(self.masks().values()), masks)

@@ -66,13 +66,16 @@ def assert_equal(model: nn.Module, other: nn.Module, rtol: float = 1e-9, atol: f
 def weights_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one whenever a pruner reads the weights to update its masks."""
     reads: list[int] = []
-    update = ops.update_filter_masks_
 
-    def counted(*arguments: Any) -> Tensor:
-        reads.append(1)
-        return update(*arguments)
+    def counted(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*arguments: Any) -> Tensor:
+            reads.append(1)
+            return op(*arguments)
 
-    monkeypatch.setattr(ops, "update_filter_masks_", counted)
+        return call
+
+    for name in ("update_filter_masks_", "filter_norms"):  # with min_kept 0, and with more
+        monkeypatch.setattr(ops, name, counted(getattr(ops, name)))
     return reads
 
 
@@ -98,8 +101,10 @@ def test_equals_sgd_and_pruner_over_200_steps(
     registered: Implementation, weights_read: list[int], importance: str
 ) -> None:
     model, other = network(), network()
-    pruner = FilterPruner(model, 0.4, importance, every=4)
-    other_pruner = FilterPruner(other, 0.4, importance, every=4)
+    # Both ways to a mask from norms: by the threshold alone, and with what every layer keeps.
+    min_kept = 1 if importance == "l1" else 0
+    pruner = FilterPruner(model, 0.4, importance, every=4, min_kept=min_kept)
+    other_pruner = FilterPruner(other, 0.4, importance, every=4, min_kept=min_kept)
     optimizer, other_optimizer = PrunedSGD(model.parameters(), **HYPER, pruner=pruner), theirs(other)
     seen = set()
     for step in range(200):
@@ -207,7 +212,7 @@ CHANGES: dict[str, Callable[[nn.Sequential], Any]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_norms_of_weights_that_changed_are_not_used(change: str, weights_read: list[int]) -> None:
     model = layered()
-    pruner = FilterPruner(model, 0.4, every=1)
+    pruner = FilterPruner(model, 0.4, every=1, min_kept=0)
     optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=pruner)
     backward(model, 0)
     optimizer.step()

@@ -30,7 +30,7 @@ def randomise(model: nn.Module) -> None:
 def test_masks_follow_the_rule(importance: str, power: int) -> None:
     torch.manual_seed(0)
     model = models.create("resnet56")
-    pruner = FilterPruner(model, 0.6, importance, every=1)
+    pruner = FilterPruner(model, 0.6, importance, every=1, min_kept=0)
     weights = [layer.weight for layer in pruner.layers.values()]
     for _ in range(3):
         np.testing.assert_array_equal(masks_of(pruner), rule(weights, 0.6, power))
@@ -42,7 +42,7 @@ def test_masks_follow_the_rule(importance: str, power: int) -> None:
 def test_masks_change_when_they_are_due() -> None:
     torch.manual_seed(0)
     model = models.create("resnet20")
-    pruner = FilterPruner(model, 0.5, every=4, steps_per_epoch=6, until=14)
+    pruner = FilterPruner(model, 0.5, every=4, steps_per_epoch=6, until=14, min_kept=0)
     assert masks_of(pruner).all(), "nothing is pruned before the first update"
     updated = []
     for step in range(1, 25):  # steps finished
@@ -243,3 +243,123 @@ def test_bad_arguments(arguments: dict, match: str) -> None:
     for kind in (FilterPruner, WeightPruner):
         with pytest.raises(ValueError, match=match):
             kind(nn.Sequential(nn.Conv2d(3, 8, 3)), **arguments)
+
+
+# ------------------------------------------------------------------------------------- schedules, masks, report
+
+
+@pytest.mark.parametrize(("schedule", "power"), [("linear", 1), ("cubic", 3)])
+def test_the_rate_rises(schedule: str, power: int) -> None:
+    torch.manual_seed(0)
+    pruner = FilterPruner(models.create("resnet20"), 0.6, every=1, min_kept=0, schedule=schedule, ramp_steps=8)
+    assert masks_of(pruner).all(), "the ramp begins with nothing pruned"
+    weights = [layer.weight for layer in pruner.layers.values()]
+    for step in range(1, 12):
+        pruner.step()
+        rate = 0.6 * (1 - max(1 - step / 8, 0) ** power)
+        assert pruner.current_rate == pytest.approx(rate)
+        np.testing.assert_array_equal(masks_of(pruner), rule(weights, pruner.current_rate))
+
+
+def test_a_ramp_ends_with_the_masks_if_not_told_otherwise() -> None:
+    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=1, until=10, schedule="linear")
+    for _ in range(5):
+        pruner.step()
+    assert pruner.current_rate == 0.25
+    with pytest.raises(ValueError, match="schedule 'cubic' needs ramp_steps of at least 1"):
+        FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, schedule="cubic")
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1)))
+
+
+def test_include_and_ignore() -> None:
+    assert list(FilterPruner(network(), 0.5, include=["1"]).layers) == ["1.0", "1.1"]
+    assert list(FilterPruner(network(), 0.5, include=["1"], ignore=["1.1"]).layers) == ["1.0"]
+    model = network()
+    assert list(FilterPruner(model, 0.5, include=[model[1]]).layers) == ["1.0", "1.1"]
+    with pytest.raises(ValueError, match="include: 'nowhere' is no module of this model"):
+        FilterPruner(network(), 0.5, include=["nowhere"])
+
+
+def test_no_layer_dies_by_default() -> None:
+    model = network()
+    with torch.no_grad():
+        model[0].weight *= 1e-3
+    assert FilterPruner(model, 0.5, every=1, min_kept=0).kept()["0"] == 0
+    pruner = FilterPruner(model, 0.5, every=1)
+    assert pruner.kept()["0"] == 1
+    assert int(pruner.masks()["0"].long().argmax()) == int(model[0].weight.abs().mean((1, 2, 3)).argmax())
+
+
+def test_kept_filters_come_in_multiples() -> None:
+    counts = FilterPruner(network(), 0.5, every=1, round_to=4).kept()
+    assert all(kept % 4 == 0 or (name, kept) == ("1.0", 6) for name, kept in counts.items())
+
+
+def test_masks_can_be_exported_set_and_frozen() -> None:
+    first, second = FilterPruner(network(), 0.5, every=1), FilterPruner(network(), 0.0, every=4)
+    exported = first.export_masks()
+    second.set_masks(exported)
+    assert all(map(torch.equal, second.masks().values(), exported.values()))
+    exported["0"][:] = False
+    assert first.masks()["0"].any(), "exported masks are copies"
+    assert not second.frozen
+    second.freeze()
+    assert second.frozen
+    before = masks_of(second)
+    randomise(second.model)
+    assert not any(second.step() for _ in range(8))
+    np.testing.assert_array_equal(masks_of(second), before)
+    third = FilterPruner(network(), 0.5, every=1)
+    third.load_state_dict(second.state_dict())
+    assert third.frozen
+    assert third.steps == 8
+    third.load_state_dict({"steps": 3})  # of an earlier release
+    assert not third.frozen
+
+
+def test_masks_end_frozen() -> None:
+    pruner = FilterPruner(network(), 0.5, every=1, until=2)
+    assert [pruner.frozen, pruner.step(), pruner.frozen, pruner.step(), pruner.frozen] == [
+        *(False, True, False),
+        *(False, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("masks", "said"),
+    [
+        ({"2": torch.ones(8, dtype=torch.bool)}, "'2' is no masked layer: they are 0, 1.0, 1.1"),
+        ({"0": torch.ones(7, dtype=torch.bool)}, r"the mask of 0 must be bool of shape \[8\], got torch.bool of \[7\]"),
+        ({"1.0": torch.zeros(6, dtype=torch.bool), "0": torch.ones(8)}, "got torch.float32"),
+    ],
+)
+def test_masks_that_do_not_fit_change_nothing(masks: dict[str, Tensor], said: str) -> None:
+    pruner = FilterPruner(network(), 0.5, every=1)
+    before = masks_of(pruner)
+    with pytest.raises(ValueError, match=said):
+        pruner.set_masks(masks)
+    np.testing.assert_array_equal(masks_of(pruner), before)
+
+
+def test_report_says_what_is_kept_and_why() -> None:
+    model = network()
+    with torch.no_grad():
+        model[0].weight *= 1e-3
+    pruner = FilterPruner(model, 0.5, every=1, ignore=["1.1"])
+    report = pruner.report()
+    assert [(layer.name, layer.filters, layer.kept) for layer in report.layers] == [
+        *(("0", 8, 1), ("1.0", 6, pruner.kept()["1.0"]), ("1.1", 4, 4)),
+    ]
+    assert report.layers[0].why == "0 above the global threshold, 1 more for min_kept 1"
+    assert "left alone" in report.layers[2].why
+    assert report.layers[0].share == pytest.approx(1 / 8)
+    text = str(report)
+    assert len(text.splitlines()) == 5
+    assert f"{report.kept:7,}" in text
+    pruner.set_masks(pruner.export_masks())
+    assert "set" in pruner.report().layers[0].why
+    assert "weights" in WeightPruner(network(), 0.5, every=1).report().layers[0].why
