@@ -1,6 +1,6 @@
 """fastprune: dynamic filter pruning with decorrelation regularisation."""
 
-from . import ops, optim
+from . import distributed, ops, optim
 from .decorrelation import Decorrelation
 from .nn import MaskedConv2d
 from .ops import backends, set_backend
@@ -14,6 +14,7 @@ __all__ = [
     "WeightPruner",
     "__version__",
     "backends",
+    "distributed",
     "ops",
     "optim",
     "set_backend",

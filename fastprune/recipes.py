@@ -58,6 +58,10 @@ class Config:
 
     epochs: int = 40
     batch_size: int = 256
+    """Images of a step, of all processes together."""
+    accumulate: int = 1
+    """Pass each batch through the network in so many parts, for less memory: their gradients are added up. Batch norm
+    takes each part by itself."""
     lr: float = 0.2
     """Peak learning rate."""
     schedule: Schedule = "one-cycle"
@@ -72,8 +76,14 @@ class Config:
     """Prune whole filters, single weights, or nothing."""
     prune_rate: float = 0.6
     """Share of filters (or weights) below the global threshold; 0 trains the dense network."""
-    importance: Literal["l1", "l2", "grad", "taylor"] = "l1"
-    """grad and taylor are for unstructured pruning."""
+    importance: Literal["l1", "l2", "fpgm", "grad", "taylor"] = "l1"
+    """fpgm (distance from the geometric median) is for filters; grad and taylor are for single weights."""
+    prune_scope: Literal["global", "layer"] = "global"
+    """One threshold over the filters of all layers, or one for each layer."""
+    min_kept: int = 1
+    """Filters that every layer keeps, whatever the threshold; 0 lets whole layers be pruned."""
+    round_to: int = 1
+    """Keep filters in multiples of this."""
     prune_every: int = 4
     """Renew the masks before every so-many-th iteration of an epoch."""
     prune_until: float = 226 / 300
@@ -93,6 +103,9 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     channels_last: bool = True
+    sync_batchnorm: bool = True
+    """Under torchrun: batch norm takes its statistics over all processes, so that the run is that of a single one.
+    Without, each takes its share of the batch by itself, which is faster."""
     compile: bool = False
     """Compile the model (torch.compile)."""
     seed: int = 0
@@ -104,14 +117,18 @@ class Config:
     def __post_init__(self) -> None:
         if self.model not in models.NAMES:
             raise ValueError(f"--model must be one of {', '.join(models.NAMES)}; got {self.model!r}")
-        positive = ("epochs", "batch_size", "lr", "prune_every", "max_steps", "limit_train", "limit_test", "image_size")
-        for name in positive:
+        counts = ("epochs", "batch_size", "accumulate", "prune_every", "max_steps", "limit_train", "limit_test")
+        for name in (*counts, "round_to", "image_size", "lr"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {value}")
-        for name in ("warmup_epochs", "momentum", "weight_decay", "alpha", "pad", "cutout", "seed"):
+        for name in ("warmup_epochs", "momentum", "weight_decay", "alpha", "min_kept", "pad", "cutout", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"--accumulate cuts a batch into parts: at most --batch-size {self.batch_size}, got {self.accumulate}"
+            )
         if not 0 <= self.prune_rate < 1:
             raise ValueError(f"--prune-rate must be in [0, 1), got {self.prune_rate}")
         for name in ("prune_until", "label_smoothing"):
@@ -123,7 +140,11 @@ class Config:
             raise ValueError("--nesterov needs a --momentum above 0; add --no-nesterov to do without")
         by_gradient = self.importance in ("grad", "taylor")
         if self.prune_type == "structured" and by_gradient:
-            raise ValueError(f"--importance {self.importance} is for --prune-type unstructured; filters take l1 or l2")
+            raise ValueError(
+                f"--importance {self.importance} is for --prune-type unstructured; filters take l1, l2 or fpgm"
+            )
+        if self.prune_type == "unstructured" and self.importance == "fpgm":
+            raise ValueError("--importance fpgm is for filters; single weights take l1, l2, grad or taylor")
         if self.prunes and by_gradient and self.precision == "fp16":
             raise ValueError(
                 f"--importance {self.importance} cannot rank the gradients of fp16, which overflow now and then; "
@@ -161,6 +182,7 @@ _FAITHFUL = Config(
     nesterov=False,
     weight_decay=1e-4,
     label_smoothing=0,
+    min_kept=0,
     feedback="straight-through",
     decorrelation="none",
     alpha=0.7,

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from . import distributed
 from .checkpoint import write_atomically
 from .report import LAYER_FIELDS
 
@@ -42,7 +43,7 @@ class Progress:
     def __init__(self, epochs: int, steps_per_epoch: int, step: int, limit: int) -> None:
         self.epochs, self.steps_per_epoch, self.first, self.limit = epochs, steps_per_epoch, step, limit
         self.bar: tqdm | None = None
-        self.terminal = sys.stderr.isatty()
+        self.terminal = sys.stderr.isatty() and distributed.is_first()
         self.last_line = time.monotonic()
         self.started = 0.0
 
@@ -87,6 +88,8 @@ class Progress:
 class RunLog:
     """The files of a run folder: ``config.json``, ``metrics.jsonl`` and, if TensorBoard is installed, its events.
 
+    Of several processes the first one writes them, the others only keep the records.
+
     Args:
         folder: made if missing.
         described: written to ``config.json``.
@@ -100,12 +103,14 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, described: Mapping[str, Any], records: Sequence[dict[str, Any]] = ()) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.records = list(records)
+        self.board: Any = None
+        if not distributed.is_first():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", described, "a configuration")
         self._write()
-        self.board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -114,7 +119,8 @@ class RunLog:
     def add(self, record: dict[str, Any]) -> None:
         """Append an epoch's record."""
         self.records.append(record)
-        self._write()
+        if distributed.is_first():
+            self._write()
         if self.board is not None:
             for split in ("train", "test"):
                 for name, value in record[split].items():

@@ -1,5 +1,9 @@
-"""``python -m fastprune.train``: train, prune and decorrelate a network, and say what came out."""
+"""``python -m fastprune.train``: train, prune and decorrelate a network, and say what came out.
 
+Several processes: ``torchrun --standalone --nproc-per-node 2 -m fastprune.train ...``.
+"""
+
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import checkpoint, data, plots, report
+from . import checkpoint, data, distributed, plots, report
 from .data import ImageData
 from .recipes import Config, parse
 from .runlog import Progress, RunLog, duration, write_json
@@ -30,13 +34,30 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line; the exit status is 0, 1 for a run that failed, or 128 + the signal that stopped it."""
     config = parse(sys.argv[1:] if arguments is None else arguments)
     try:
+        with distributed.joined(config.device):
+            return _run_and_tell(config)
+    except distributed.LaunchError as error:
+        print(f"fastprune.train: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run_and_tell(config: Config) -> int:
+    try:
         run(config)
     except Interrupted as stop:
-        print(f"{stop}; continue with --resume {config.out}", file=sys.stderr)
+        if distributed.is_first():
+            print(f"{stop}; continue with --resume {config.out}", file=sys.stderr)
+        distributed.largest(0)  # torchrun ends all when one goes: none goes before the first has told
         return 128 + stop.signum
     except KeyboardInterrupt:
         print("stopped before training began", file=sys.stderr)
         return 128 + signal.SIGINT
+    except distributed.PeerError:
+        return 1
+    except distributed.MismatchError as error:
+        if distributed.is_first():
+            print(f"fastprune.train: error: {error}", file=sys.stderr)
+        return 1
     except (TrainingError, data.DataError, checkpoint.CheckpointError, OSError) as error:
         print(f"fastprune.train: error: {error}", file=sys.stderr)
         return 1
@@ -50,33 +71,63 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises:
         TrainingError: if the run cannot start or go on.
+        PeerError: where that, or one of the following, is told by another process.
+        MismatchError: if the processes do not have the same settings, data or masks.
         Interrupted: after a signal, with the checkpoint written.
         DataError, CheckpointError, OSError: for files that cannot be used.
     """
-    continued = config.resume is not None and config.resume.resolve() == config.out.resolve()
-    if not continued and (config.out / CHECKPOINT).exists():
-        raise TrainingError(
-            f"{config.out} holds a run: continue it with --resume {config.out}, or choose another --out"
-        )
-    images = data.load(config.data, root=config.data_root, image_size=config.image_size, seed=config.seed)
-    images = images.subset(config.limit_train, config.limit_test)
-    print(images.source)
-    trainer = Trainer(config, images)
-    described = describe(config, images, trainer.device)
-    log = RunLog(config.out, described, resume(trainer, config.resume) if config.resume is not None else [])
-    parameters = sum(p.numel() for p in trainer.model.parameters())
-    print(f"{config.model}: {parameters:,} parameters, {trainer.steps_per_epoch} steps an epoch, on {trainer.device}")
-    with stop_on_signals() as signals:
-        train(trainer, log, signals)
-    if trainer.step < config.epochs * trainer.steps_per_epoch:
-        print(f"stopped after {trainer.step} steps; continue with --resume {config.out}")
+    with distributed.first_prints():
+        images = load_data(config)
+        print(images.source)
+        try:
+            trainer = Trainer(config, images)
+        except TrainingError as error:
+            raise distributed.agreed(error) from error
+        described = describe(config, images, trainer.device)
+        with distributed.together():
+            records = resume(trainer, config.resume) if config.resume is not None else []
+            log = RunLog(config.out, described, records)
+        parameters = sum(p.numel() for p in trainer.model.parameters())
+        where = f"{trainer.device}" if distributed.size() == 1 else f"{distributed.size()} processes"
+        print(f"{config.model}: {parameters:,} parameters, {trainer.steps_per_epoch} steps an epoch, on {where}")
+        with stop_on_signals() as signals:
+            train(trainer, log, signals)
+        if trainer.step < config.epochs * trainer.steps_per_epoch:
+            print(f"stopped after {trainer.step} steps; continue with --resume {config.out}")
+        return finish(described, log)
+
+
+def load_data(config: Config) -> ImageData:
+    """The images of a run, in each process; one on each machine downloads them."""
+    with distributed.together():
+        continued = config.resume is not None and config.resume.resolve() == config.out.resolve()
+        if not continued and (config.out / CHECKPOINT).exists():
+            raise TrainingError(
+                f"{config.out} holds a run: continue it with --resume {config.out}, or choose another --out"
+            )
+    with distributed.together(), distributed.first_on_each_machine():
+        images = data.load(config.data, root=config.data_root, image_size=config.image_size, seed=config.seed)
+        images = images.subset(config.limit_train, config.limit_test)
+    settings = {name: json.dumps(value).encode() for name, value in config.to_json().items()}
+    distributed.verify_same(settings, "the settings are not the same:")
+    labels = {"training": images.train_labels, "test": images.test_labels}
+    contents = {f"{name} labels": tensor.numpy().tobytes() for name, tensor in labels.items()}
+    means = json.dumps([images.classes, images.mean, images.std]).encode()
+    distributed.verify_same({**contents, "classes and pixels": means}, "the data is not the same:")
+    return images
+
+
+def finish(described: dict[str, Any], log: RunLog) -> dict[str, Any]:
+    """Sum up the epochs of a run, in its folder too, and draw them."""
     if not log.records:
         return {}
     summary = report.summary(described, log.records)
-    write_json(config.out / "summary.json", summary, "a summary")
-    pictures = plots.plot_run(config.out)
-    print(report.format_summary(summary))
-    print("plots: " + ", ".join(str(picture) for picture in pictures))
+    with distributed.together():
+        if distributed.is_first():
+            write_json(log.folder / "summary.json", summary, "a summary")
+            pictures = plots.plot_run(log.folder)
+            print(report.format_summary(summary))
+            print("plots: " + ", ".join(str(picture) for picture in pictures))
     return summary
 
 
@@ -91,6 +142,7 @@ def describe(config: Config, images: ImageData, device: torch.device) -> dict[st
         "train_images": len(images.train_labels),
         "test_images": len(images.test_labels),
         "device": str(device),
+        "processes": distributed.size(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "config": config.to_json(),
@@ -112,14 +164,15 @@ def resume(trainer: Trainer, run: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM is noted in the list that this gives; a second one ends the program at once."""
+    """The first SIGINT or SIGTERM is noted in the list that this gives; a second one ends the process at once."""
     received: list[int] = []
 
     def handle(signum: int, _: Any) -> None:
         received.append(signum)
         for number in before:
             signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(signum).name}: saving after this step (again: stop at once)", file=sys.stderr)
+        if distributed.is_first():
+            print(f"\n{signal.Signals(signum).name}: saving after this step (again: stop at once)", file=sys.stderr)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -142,24 +195,33 @@ def train(trainer: Trainer, log: RunLog, signals: list[int]) -> None:
     while trainer.step < limit and not reached:
         try:
             train_epoch(trainer, progress, limit, signals)
-            if trainer.step % trainer.steps_per_epoch == 0:
-                record = trainer.finish_epoch()
-                trainer.check_state()
-                log.add(record)
-                print(epoch_line(record, config.epochs), flush=True)
-                reached = config.target_accuracy is not None and record["test"]["top1"] >= config.target_accuracy
-            else:
-                trainer.check_state()
+            trainer.network.settle()
+            ended = trainer.step % trainer.steps_per_epoch == 0
+            record = trainer.finish_epoch() if ended else None
+            trainer.check_state()
         except TrainingError as error:
             saved = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint was written yet"
             advice = "A lower --lr, a longer --warmup-epochs or --precision fp32 may help."
-            raise TrainingError(f"{error}; {saved}. {advice}") from error
-        checkpoint.save(path, trainer.state_dict())
-        if signals and trainer.step < limit and not reached:
-            raise Interrupted(signals[0])
+            raise distributed.agreed(TrainingError(f"{error}; {saved}. {advice}")) from error
+        state = trainer.state_dict()
+        with distributed.together():
+            if record is not None:
+                log.add(record)
+                print(epoch_line(record, config.epochs), flush=True)
+                reached = config.target_accuracy is not None and record["test"]["top1"] >= config.target_accuracy
+            if distributed.is_first():
+                checkpoint.save(path, state)
+        signum = asked_to_stop(signals)
+        if signum and trainer.step < limit and not reached:
+            raise Interrupted(signum)
     if reached:
         seconds = sum(record["seconds"] for record in log.records)
         print(f"reached {config.target_accuracy:g} % after {duration(seconds)} of training")
+
+
+def asked_to_stop(signals: list[int]) -> int:
+    """A signal that any of the processes has received, or 0: they stop after the same step."""
+    return distributed.largest(signals[0] if signals else 0)
 
 
 def train_epoch(trainer: Trainer, progress: Progress, limit: int, signals: list[int]) -> None:
@@ -173,10 +235,8 @@ def train_epoch(trainer: Trainer, progress: Progress, limit: int, signals: list[
     try:
         for step in trainer.train_steps(limit):
             check = step % check_every == 0 or step % trainer.steps_per_epoch == 0
-            if check:
-                trainer.check_loss()
-            progress.step(step, trainer.scores.read()["loss"] if check else None)
-            if signals:
+            progress.step(step, trainer.check_loss() if check else None)
+            if asked_to_stop(signals):
                 return
     except RuntimeError as error:
         if "NaN or Inf" in str(error):  # said by the pruner, whose masks read the weights before the next loss does

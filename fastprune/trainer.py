@@ -3,47 +3,24 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
-from . import data, models
+from . import data, distributed, network
 from .data import ImageData
-from .decorrelation import Decorrelation
-from .optim import PrunedSGD
-from .pruner import FilterPruner, Pruner, WeightPruner
+from .network import Network
 from .recipes import Config
 from .schedule import learning_rate
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from .scores import Scores
 
 
 class TrainingError(RuntimeError):
     """The run cannot go on; the message says why, and what was saved."""
-
-
-class Scores:
-    """Sums of loss, top-1 and top-5 hits, kept on the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss, its ``[B, classes]`` logits and ``[B]`` labels."""
-        with torch.no_grad():
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-            batch = torch.stack(
-                [loss.double() * len(labels), best[:, :1].sum(), best.sum(), loss.new_full((), len(labels))]
-            )
-            self.sums += batch
-
-    def read(self) -> dict[str, float]:
-        """Mean loss, and top-1 and top-5 in percent."""
-        loss, top1, top5, images = self.sums.tolist()
-        return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
 
 
 class Trainer:
@@ -51,67 +28,53 @@ class Trainer:
 
     All randomness is a function of the seed and of the step, and the learning rate one of the step: what a checkpoint
     has to hold is the model, the optimizer's state, the gradient scaler's, and the position.
+
+    Where there are several processes, each has its share of every batch, and all have the same weights and masks.
     """
 
     def __init__(self, config: Config, images: ImageData) -> None:
         self.config = config
-        name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and not torch.cuda.is_available():
-            raise TrainingError("--device cuda: torch finds no CUDA device here; use --device cpu")
-        self.device = torch.device(name)
-        self.images = images.to(self.device)
-        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.mean, self.std = (images.mean, images.std) if config.normalize == "data" else ((0.5,) * 3, (0.5,) * 3)
-        self.augment = data.Augment(config.pad, config.flip, config.cutout)
-        full, rest = divmod(len(images.train_images), config.batch_size)
-        # A last batch of one image has no batch variance: it is left out.
-        self.steps_per_epoch = full + (rest > 1)
-        if self.steps_per_epoch == 0:
-            raise TrainingError("one training image is too few to train on")
-
-        torch.manual_seed(config.seed)
         try:
-            model = models.create(config.model, len(images.classes), config.stem)
+            self.device = network.choose_device(config)
+            model = network.make_model(config, len(images.classes), self.device)
         except ValueError as error:
             raise TrainingError(str(error)) from error
-        self.model = model.to(self.device, memory_format=self.format)  # type: ignore[call-overload]
-        self.pruner = self._make_pruner()
-        self.decorrelation = None
-        if config.decorrelation != "none":
-            self.decorrelation = Decorrelation(
-                self.model, config.decorrelation, config.alpha, config.include_diagonal, config.include_pruned
-            )
-        filters = self.pruner if isinstance(self.pruner, FilterPruner) else None
-        self.optimizer = PrunedSGD(
-            self.model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-            pruner=filters,
-            # Nothing here writes weights through .data. A compiled forward masks them itself.
-            masked_dtype=_DTYPES[config.precision] if filters and not config.compile else None,
-        )
-        self.scaler = torch.amp.GradScaler(name, enabled=config.precision == "fp16")
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        self.images = images.to(self.device)
+        self.format = network.memory_format(config)
+        self.mean, self.std = (images.mean, images.std) if config.normalize == "data" else ((0.5,) * 3, (0.5,) * 3)
+        self.augment = data.Augment(config.pad, config.flip, config.cutout)
+        self.steps_per_epoch = self._count_steps(len(images.train_labels))
+        self._use(Network(config, model, network.make_pruner(config, model, self.steps_per_epoch)))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self.step = 0  # steps finished
         self.scores = Scores(self.device)  # of the epoch so far
         self.penalty = torch.zeros((), dtype=torch.float64, device=self.device)
         self.seconds = 0.0  # spent training in the epoch so far
 
-    def _make_pruner(self) -> Pruner | None:
-        config = self.config
-        if not config.prunes:
-            return None
-        common: dict[str, Any] = {
-            "rate": config.prune_rate,
-            "importance": config.importance,
-            "every": config.prune_every,
-            "until": round(config.prune_until * config.epochs) * self.steps_per_epoch,
-            "feedback": config.feedback,
-            "steps_per_epoch": self.steps_per_epoch,
-        }
-        return (FilterPruner if config.prune_type == "structured" else WeightPruner)(self.model, **common)
+    def _use(self, trained: Network) -> None:
+        """Train this from now on."""
+        self.network = trained
+        self.model, self.pruner, self.decorrelation = trained.model, trained.pruner, trained.decorrelation
+        self.optimizer = trained.optimizer
+
+    def _count_steps(self, images: int) -> int:
+        """Steps of an epoch.
+
+        A last batch is left out where batch norm would see a single image of it, which has no batch variance, or a
+        process none at all.
+        """
+        parts, batch_size, size = self.config.accumulate, self.config.batch_size, distributed.size()
+        if batch_size < parts * size:
+            raise TrainingError(
+                f"--batch-size {batch_size}, of all processes together, is too small for {size} of them "
+                f"with --accumulate {parts}"
+            )
+        full, rest = divmod(images, batch_size)
+        least = parts * (max(2, size) if self.config.sync_batchnorm else 2 * size)
+        if full == 0 and rest < least:
+            number = "one training image is" if images == 1 else f"{images} training images are"
+            raise TrainingError(f"{number} too few to train on")
+        return full + (rest >= least)
 
     # ------------------------------------------------------------------------------------------------ steps
 
@@ -145,26 +108,45 @@ class Trainer:
             self.seconds += time.perf_counter() - started
 
     def train_step(self, indices: Tensor) -> None:
-        """One step on the training images ``indices``."""
+        """One step on the training images ``indices``: on this process's share, in ``accumulate`` parts."""
+        # All are augmented, which is cheap, so that each comes out as it does in a lone process.
         images = self.augment(self.images.train_images[indices], self.generator(self.device, 1, self.step))
         labels = self.images.train_labels[indices]
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        with self.autocast():
-            logits = self.forward(self.normalized(images))
-            loss = functional.cross_entropy(logits.float(), labels, label_smoothing=self.config.label_smoothing)
-        self.scores.add(loss.detach(), logits.detach(), labels)
-        if self.decorrelation is not None:
-            penalty = self.decorrelation.penalty()
-            self.penalty += penalty.detach()
-            loss = loss + self.config.alpha * penalty
-        self.scaler.scale(loss).backward()
+        parts = self.config.accumulate
+        for i, (some_images, some_labels) in enumerate(zip(images.tensor_split(parts), labels.tensor_split(parts))):
+            last = i == parts - 1
+            with nullcontext() if last else self._gradients_kept():
+                loss = self._share_of_loss(some_images, some_labels, len(indices))
+                if last and self.decorrelation is not None:  # of the weights: once, and the same in every process
+                    penalty = self.decorrelation.penalty()
+                    self.penalty += penalty.detach()
+                    loss = loss + self.config.alpha * penalty
+                self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        if self.pruner is not None:
-            self.pruner.step()
+        if self.pruner is not None and self.pruner.step():
+            distributed.verify_masks(self.pruner)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _share_of_loss(self, images: Tensor, labels: Tensor, batch: int) -> Tensor:
+        """The loss on this process's share of some images, so that the mean over the processes adds up to the batch's.
+
+        That mean is what becomes of the gradients.
+        """
+        images, labels = (_share(tensor) for tensor in (images, labels))
+        with self.autocast():
+            logits = self.network.forward(self.normalized(images))
+            loss = functional.cross_entropy(_wide(logits), labels, label_smoothing=self.config.label_smoothing)
+        self.scores.add(loss.detach(), logits.detach(), labels)
+        return loss * (len(labels) * distributed.size() / batch)
+
+    def _gradients_kept(self) -> AbstractContextManager[None]:
+        """While this lasts, gradients stay in each process, to be exchanged with those that follow."""
+        forward = self.network.forward
+        return forward.no_sync() if isinstance(forward, DistributedDataParallel) else nullcontext()
 
     def learning_rate(self) -> float:
         """That of the next step."""
@@ -175,7 +157,7 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """The compute dtype."""
         precision = self.config.precision
-        return torch.autocast(self.device.type, _DTYPES[precision], enabled=precision != "fp32")
+        return torch.autocast(self.device.type, network.DTYPES[precision], enabled=precision != "fp32")
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 images as the network takes them."""
@@ -183,14 +165,17 @@ class Trainer:
 
     @torch.no_grad()
     def test(self) -> dict[str, float]:
-        """Scores on the test images."""
+        """Scores on the test images, of which each process takes its share."""
         self.model.eval()
         scores = Scores(self.device)
         size = max(self.config.batch_size, 500)
-        for images, labels in zip(self.images.test_images.split(size), self.images.test_labels.split(size)):
+        shares = (_share(tensor) for tensor in (self.images.test_images, self.images.test_labels))
+        for images, labels in zip(*(share.split(size) for share in shares)):
+            if len(labels) == 0:  # fewer images than processes
+                continue
             with self.autocast():
-                logits = self.forward(self.normalized(images))
-            scores.add(functional.cross_entropy(logits.float(), labels), logits, labels)
+                logits = self.network.test_forward(self.normalized(images))
+            scores.add(functional.cross_entropy(_wide(logits), labels), logits, labels)
         return scores.read()
 
     def finish_epoch(self) -> dict[str, Any]:
@@ -199,9 +184,6 @@ class Trainer:
         Raises:
             TrainingError: if the test loss is not finite.
         """
-        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, nn.Conv2d)}
-        filters = {name: layer.out_channels for name, layer in layers.items()}
-        kept = filters | (self.pruner.kept() if self.pruner is not None else {})
         images = self.steps_per_epoch * self.config.batch_size
         test = self.test()
         if not math.isfinite(test["loss"]):
@@ -212,15 +194,10 @@ class Trainer:
             "train": self.scores.read(),
             "test": test,
             "penalty": float(self.penalty) / self.steps_per_epoch,
-            "sparsity": self.pruner.sparsity() if self.pruner is not None else 0.0,
-            "kept_filters": sum(kept.values()),
-            "filters": sum(filters.values()),
-            "kept_per_layer": list(kept.values()),
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": min(images, len(self.images.train_labels)) / self.seconds,
             "seconds": self.seconds,
-            "layers": list(filters),
-            "filters_per_layer": list(filters.values()),
+            **self.network.figures(),
         }
         self.scores.sums.zero_()
         self.penalty.zero_()
@@ -229,16 +206,18 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ state
 
-    def check_loss(self) -> None:
-        """Make sure that the loss has stayed finite in this epoch. Waits for the device, which counts as training.
+    def check_loss(self) -> float:
+        """The mean loss of this epoch so far. Waits for the device, which counts as training.
 
         Raises:
-            TrainingError: if it has not.
+            TrainingError: if it, or the penalty, is no longer finite.
         """
         with self._timed():
-            finite = bool((self.scores.sums[0] + self.penalty).isfinite())
-        if not finite:
+            total = self.scores.total()
+            loss, images, penalty = torch.stack([total[0], total[3], self.penalty]).tolist()
+        if not math.isfinite(loss + penalty):
             raise TrainingError(f"the loss is no longer finite at step {self.step}")
+        return loss / images
 
     def check_state(self) -> None:
         """Make sure that what a checkpoint would hold is finite: the loss shows a step's damage only in the next one.
@@ -246,27 +225,20 @@ class Trainer:
         Raises:
             TrainingError: naming a tensor that is not.
         """
-        momenta = {
-            name: self.optimizer.state[parameter].get("momentum_buffer")
-            for name, parameter in self.model.named_parameters()
-        }
-        named = [*self.model.state_dict().items(), *((f"momentum of {name}", m) for name, m in momenta.items())]
-        floats = [(name, tensor) for name, tensor in named if tensor is not None and tensor.is_floating_point()]
-        finite = torch.stack([tensor.isfinite().all() for _, tensor in floats]).tolist()
-        if not all(finite):
-            raise TrainingError(f"{floats[finite.index(False)][0]} is no longer finite at step {self.step}")
+        name = self.network.not_finite()
+        if name is not None:
+            raise TrainingError(f"{name} is no longer finite at step {self.step}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs besides the configuration and the data."""
+        """Everything a resumed run needs besides the configuration and the data. The same in every process."""
         return {
             "step": self.step,
             "train_images": len(self.images.train_labels),
             "batch_size": self.config.batch_size,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict()["state"],
+            "steps_per_epoch": self.steps_per_epoch,
+            **self.network.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "pruner": self.pruner.state_dict() if self.pruner is not None else None,
-            "sums": self.scores.sums,
+            "sums": self.scores.total(),
             "penalty": self.penalty,
             "seconds": self.seconds,
         }
@@ -278,19 +250,28 @@ class Trainer:
             TrainingError: if it is of another model, or of data or batches of another size.
         """
         try:
-            for name, here in (("train_images", len(self.images.train_labels)), ("batch_size", self.config.batch_size)):
+            place = {"train_images": len(self.images.train_labels), "batch_size": self.config.batch_size}
+            if "steps_per_epoch" in state:  # which the number of processes and of a batch's parts can change
+                place["steps_per_epoch"] = self.steps_per_epoch
+            for name, here in place.items():
                 if state[name] != here:
                     raise ValueError(f"{name} was {state[name]} and is {here}, so its place in the data is unknown")
-            self.model.load_state_dict(state["model"])
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+            self.network.load_state_dict(state)
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            if self.pruner is not None:
-                self.pruner.load_state_dict(state["pruner"])
-            self.scores.sums.copy_(state["sums"])
+            self.scores.set(state["sums"])
             self.penalty.copy_(state["penalty"])
             self.step, self.seconds = state["step"], state["seconds"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             message = f"the checkpoint is of another configuration or data set: {error}"
             raise TrainingError(message) from error
+
+
+def _share(tensor: Tensor) -> Tensor:
+    """This process's share of the rows."""
+    return tensor.tensor_split(distributed.size())[distributed.rank()]
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """At least in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -105,7 +105,8 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
         --schedule cosine --warmup-epochs 1.5 --momentum 0.5 --nesterov --weight-decay 0.1 --label-smoothing 0.2
         --prune-type unstructured --prune-rate 0.1 --importance taylor --prune-every 2 --prune-until 0.5
         --feedback none --decorrelation correlation --alpha 2 --no-include-diagonal --no-include-pruned
-        --precision bf16 --device cpu --channels-last --compile --seed 1 --max-steps 7 --target-accuracy 50 --out o"""
+        --precision bf16 --device cpu --channels-last --compile --accumulate 2 --no-sync-batchnorm
+        --prune-scope layer --min-kept 2 --round-to 8 --seed 1 --max-steps 7 --target-accuracy 50 --out o"""
     config = parse(line.split())
     unchanged = {"recipe", "resume"}
     for field in dataclasses.fields(Config):
@@ -129,6 +130,8 @@ def test_translation_leaves_the_rest_alone() -> None:
         ("--lr 0", "--lr must be above 0, got 0"),
         ("--lr nan", "--lr must be above 0, got nan"),
         ("--batch-size 0", "--batch-size must be above 0"),
+        ("--accumulate 0", "--accumulate must be above 0"),
+        ("--batch-size 4 --accumulate 5", "at most --batch-size 4, got 5"),
         ("--epochs -1", "--epochs must be above 0"),
         ("--max-steps 0", "--max-steps must be above 0"),
         ("--limit-train 0", "--limit-train must be above 0"),

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastprune import checkpoint, data, report, train
+from fastprune import FilterPruner, checkpoint, data, report, train
 from fastprune.data import ImageData
 from fastprune.nn import MaskedConv2d
 from fastprune.recipes import Config
@@ -201,9 +201,23 @@ def numpy_mask(layers: list[MaskedConv2d], rate: float) -> np.ndarray:
     return scores > np.sort(scores)[int(len(scores) * rate)]
 
 
+@pytest.mark.parametrize(
+    "settings", [{"importance": "fpgm"}, {"prune_scope": "layer"}, {"round_to": 8}, {"min_kept": 3}]
+)
+def test_settings_of_the_pruner_reach_it(images: ImageData, settings: dict[str, Any]) -> None:
+    pruner = Trainer(config(**settings), images).pruner
+    assert isinstance(pruner, FilterPruner)
+    of_selection = {"prune_scope": "scope"} | {name: name for name in ("min_kept", "round_to")}
+    for name, value in settings.items():
+        found = getattr(pruner.selection, of_selection[name]) if name in of_selection else getattr(pruner, name)
+        assert found == value
+
+
 @pytest.mark.parametrize("rate", [0.3, 0.6])
 def test_masks_are_those_of_the_rule_at_its_steps_and_stay_at_others(images: ImageData, rate: float) -> None:
-    trainer = Trainer(config(prune_rate=rate, epochs=3, batch_size=8, prune_every=3, prune_until=2 / 3), images)
+    trainer = Trainer(
+        config(prune_rate=rate, min_kept=0, epochs=3, batch_size=8, prune_every=3, prune_until=2 / 3), images
+    )
     layers = [module for module in trainer.model.modules() if isinstance(module, MaskedConv2d)]
     assert trainer.steps_per_epoch == 7  # the last of two images
     before = np.ones(784, dtype=bool)
@@ -366,6 +380,7 @@ RESUMED = {
     "bf16, filters": {"precision": "bf16", "decorrelation": "correlation", "include_pruned": False, "cutout": 4},
     "fp16, filters": {"precision": "fp16"},
     "fp32, single weights": {"prune_type": "unstructured", "importance": "taylor"},
+    "fp32, batches in parts": {"accumulate": 3, "batch_size": 12},
 }
 
 
@@ -413,6 +428,7 @@ def test_a_resumed_run_takes_new_settings(small_data: None, tmp_path: Path) -> N
     [
         (["--batch-size", "8"], "batch_size was 16 and is 8"),
         (["--limit-train", "40"], "train_images was 50 and is 40"),
+        (["--accumulate", "4"], "steps_per_epoch was 4 and is 3"),
         (["--model", "resnet32"], "layer1.3"),
         (["--prune-rate", "0"], "mask"),
         (["--prune-type", "unstructured"], "mask"),
