@@ -1,6 +1,7 @@
 """fastprune: dynamic filter pruning with decorrelation regularisation."""
 
 from . import distributed, ops, optim
+from .cost import cost
 from .decorrelation import Decorrelation
 from .nn import MaskedConv2d
 from .ops import backends, set_backend
@@ -14,6 +15,7 @@ __all__ = [
     "WeightPruner",
     "__version__",
     "backends",
+    "cost",
     "distributed",
     "ops",
     "optim",
