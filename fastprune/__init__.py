@@ -1,6 +1,7 @@
 """fastprune: dynamic filter pruning with decorrelation regularisation."""
 
 from . import distributed, ops, optim
+from .accelerate import accelerate
 from .cost import cost
 from .decorrelation import Decorrelation
 from .nn import MaskedConv2d
@@ -14,6 +15,7 @@ __all__ = [
     "MaskedConv2d",
     "WeightPruner",
     "__version__",
+    "accelerate",
     "backends",
     "cost",
     "distributed",
