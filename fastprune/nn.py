@@ -186,6 +186,11 @@ def mask_convolutions(
     return found
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, MaskedConv2d) or super().is_leaf_module(m, module_qualified_name)
+
+
 def following_batchnorms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     """The BatchNorm that reads each convolution's output, by the convolution's name.
 
@@ -194,7 +199,7 @@ def following_batchnorms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
     """
     modules = dict(model.named_modules())
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # tracing runs the user's code: anything may come
         warnings.warn(
             f"the model cannot be traced ({error}): "

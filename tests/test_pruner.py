@@ -363,3 +363,11 @@ def test_report_says_what_is_kept_and_why() -> None:
     pruner.set_masks(pruner.export_masks())
     assert "set" in pruner.report().layers[0].why
     assert "weights" in WeightPruner(network(), 0.5, every=1).report().layers[0].why
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_model_that_is_masked_already_is_traced_again() -> None:
+    model = models.create("resnet20")
+    FilterPruner(model, 0.5)
+    again = FilterPruner(model, 0.5)
+    assert all(layer.feedback is not None and bool((layer.feedback < 0.01).all()) for layer in again.layers.values())
