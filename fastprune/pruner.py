@@ -321,7 +321,7 @@ class FilterPruner(Pruner):
         count = int(above.sum())
         why = f"{count} above the {self.selection.scope} threshold"
         if kept > count:
-            rules = {"min_kept": self.selection.min_kept > 0, "round_to": self.selection.round_to > 1}
+            rules = {"min_kept": count < self.selection.min_kept, "round_to": self.selection.round_to > 1}
             reasons = [f"{rule} {getattr(self.selection, rule)}" for rule, counts in rules.items() if counts]
             why += f", {kept - count} more for {' and '.join(reasons)}"
         return why
