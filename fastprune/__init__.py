@@ -2,6 +2,7 @@
 
 from . import distributed, ops, optim
 from .accelerate import accelerate
+from .compact import compact
 from .cost import cost
 from .decorrelation import Decorrelation
 from .nn import MaskedConv2d
@@ -17,6 +18,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "backends",
+    "compact",
     "cost",
     "distributed",
     "ops",

@@ -1,0 +1,389 @@
+"""The small network: what is pruned is removed, and what it contributed is moved to where it stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from .channels import Analysis, Channels, Ids, Read, analyse, effective_weights, is_depthwise
+from .graph import trace
+
+__all__ = ["CompactReport", "LayerChange", "carry_optimizer", "compact"]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """One convolution or linear layer.
+
+    Attributes:
+        name: in the model.
+        filters: before.
+        pruned: filters that are zero.
+        kept: filters of the small network.
+        inputs: channels (features) that it reads, before and after.
+        why: why pruned filters are kept; empty where none is.
+    """
+
+    name: str
+    filters: int
+    pruned: int
+    kept: int
+    inputs: tuple[int, int]
+    why: str
+
+
+@dataclass(frozen=True)
+class CompactReport:
+    """What :func:`compact` did; prints as a table.
+
+    Attributes:
+        layers: of the network, in order.
+        parameters: before and after.
+    """
+
+    layers: tuple[LayerChange, ...]
+    parameters: tuple[int, int]
+
+    def __str__(self) -> str:
+        width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
+        lines = [f"{'layer':<{width}}  filters  pruned   kept   inputs           pruned, but kept"]
+        for row in self.layers:
+            inputs = f"{row.inputs[0]:,} -> {row.inputs[1]:,}"
+            lines.append(f"{row.name:<{width}}  {row.filters:7,}{row.pruned:8,}{row.kept:7,}   {inputs:<15}  {row.why}")
+        before, after = self.parameters
+        return "\n".join([*lines, f"parameters: {before:,} -> {after:,} ({after / max(before, 1):.1%})"])
+
+
+class CompactModel(fx.GraphModule):
+    """A small network made by :func:`compact`: ordinary layers and the graph that calls them.
+
+    Attributes:
+        report: what was done.
+        origins: by parameter or buffer, the indices taken of each dimension of the one of its name; None for all.
+    """
+
+    report: CompactReport
+    origins: dict[str, tuple[Tensor | None, ...]]
+
+
+@torch.no_grad()
+def compact(
+    model: nn.Module,
+    example_input: Tensor | tuple[Any, ...],
+    round_to: int = 1,
+    masks: Mapping[str, Tensor] | None = None,
+) -> CompactModel:
+    """The network without its pruned filters, which computes what the masked one does in eval mode.
+
+    A pruned filter's output is constant, and so is what BatchNorms and activations make of it. Such a channel is
+    removed if whoever reads it can do without: its share goes into the reader's bias, or, where zeros around the image
+    make it depend on the place, is carried by one constant channel that stays. A channel of a residual stream goes when
+    every branch has it constant. What cannot be removed exactly stays, and ``report`` says why.
+
+    In train mode batch norm takes other statistics, so that constants are others there: train with masks first and
+    compact last, or let the small network train on from here as one of its own.
+
+    Args:
+        model: masked by fastprune (or with filters of zeros); not changed. Its forward must be one that torch.fx
+            traces, see :func:`fastprune.graph.trace`.
+        example_input: for shapes; nothing is computed with it. The small network takes other batch and image sizes as
+            far as the model does.
+        round_to: channels of each layer come in multiples of it, by keeping pruned ones.
+        masks: by name of a convolution or linear layer, bool ``[F]`` or of the weight's shape, True is kept; instead
+            of those in the model.
+
+    Returns:
+        In the mode the model is in, on its device, in its dtype. ``state_dict`` has the model's keys without masks, and
+        biases where constants went.
+
+    Raises:
+        ValueError: for a model that cannot be traced, unknown names in ``masks``, and ``round_to`` below 1.
+    """
+    if round_to < 1:
+        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    network = trace(model, example_input)
+    layers = {name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    if unknown := sorted((masks or {}).keys() - layers):
+        raise ValueError(f"masks: {', '.join(unknown)} is no convolution or linear layer of this model")
+    weights = effective_weights(network, masks or {})
+    analysis = analyse(network, weights)
+    selected = _Selected(analysis, round_to)
+    small = CompactModel(copy.deepcopy(network), copy.deepcopy(network.graph), type(model).__name__)
+    origins: dict[str, tuple[Tensor | None, ...]] = {}
+    rows = []
+    for node in network.graph.nodes:
+        if node.op == "call_module":
+            module = network.get_submodule(str(node.target))
+            made, rows_of = _Shrunk(selected, node, module).made()
+            if made is not None:
+                small.set_submodule(str(node.target), made)
+                origins.update({f"{node.target}.{name}": index for name, index in rows_of.items()})
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    rows.append(_change(selected, node, module, made))
+    counts = [sum(p.numel() for p in net.parameters()) for net in (network, small)]
+    small.report, small.origins = CompactReport(tuple(rows), (counts[0], counts[1])), origins
+    return small
+
+
+@dataclass
+class _Selected:
+    """Which channels stay, and why those that could have gone."""
+
+    analysis: Analysis
+    round_to: int
+    kept: set[int] = field(default_factory=set)
+    why: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for read in self.analysis.reads:
+            self._keep_what_is_needed(read)
+        for read in self.analysis.reads:
+            if read.how == "padded":
+                self._keep_a_carrier(read)
+        layers = [node for node in self.analysis.network.graph.nodes if self._is_layer(node)]
+        more = True
+        while more:
+            # Layers share channels: what one has to keep may bring another out of step.
+            more = any(self._keep_multiple(self.analysis.results[node]) for node in layers)
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        if node.op != "call_module" or node not in self.analysis.results:
+            return False
+        return isinstance(self.analysis.network.get_submodule(str(node.target)), (nn.Conv2d, nn.Linear))
+
+    def index(self, channels: Channels) -> Ids:
+        """The positions, among these channels, of those that stay."""
+        return np.flatnonzero([root in self.kept for root in self.analysis.roots(channels.ids).tolist()])
+
+    def _keep(self, root: int, why: str) -> None:
+        if root not in self.kept:
+            self.kept.add(root)
+            self.why[root] = why
+
+    def _keep_what_is_needed(self, read: Read) -> None:
+        needed = np.isnan(read.channels.constants) if read.how != "all" else np.ones(len(read.channels.ids), bool)
+        if read.how == "all":
+            target = read.node.target if isinstance(read.node.target, str) else read.node.name
+            why = "the output" if read.node.op == "output" else f"read whole by {target}"
+        else:
+            why = f"not constant for {read.node.target}"
+        for root in self.analysis.roots(read.channels.ids[needed]).tolist():
+            self._keep(root, why)
+
+    def carrier(self, channels: Channels) -> int | None:
+        """The position of the constant channel that carries the others' shares: the largest of those that stay."""
+        sizes = np.abs(np.nan_to_num(channels.constants))
+        best = max(self.index(channels).tolist(), key=lambda i: sizes[i], default=None)
+        return best if best is not None and sizes[best] > 0 else None
+
+    def _keep_a_carrier(self, read: Read) -> None:
+        constants, stays = read.channels.constants, self.index(read.channels)
+        gone = np.setdiff1d(np.flatnonzero(np.nan_to_num(constants)), stays)
+        if len(gone) and self.carrier(read.channels) is None:
+            best = gone[np.abs(constants[gone]).argmax()]
+            self._keep(self.analysis.root(int(read.channels.ids[best])), f"carries constants to {read.node.target}")
+
+    def _keep_multiple(self, channels: Channels) -> bool:
+        """Keep more until there is one channel, and a multiple; whether there were too few."""
+        roots = self.analysis.roots(channels.ids).tolist()
+        stay = sum(root in self.kept for root in roots)
+        wanted = min(-(-max(stay, 1) // self.round_to) * self.round_to, len(roots))
+        for root in roots:
+            if stay >= wanted:
+                return False
+            if root not in self.kept:
+                self._keep(root, "round_to" if self.round_to > 1 else "the last of its layer")
+                stay += roots.count(root)
+        return True
+
+
+class _Shrunk:
+    """One module of the small network."""
+
+    def __init__(self, selected: _Selected, node: fx.Node, module: nn.Module) -> None:
+        self.selected, self.node, self.module = selected, node, module
+        results = selected.analysis.results
+        self.source = results.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+        self.result = results.get(node)
+
+    def made(self) -> tuple[nn.Module | None, dict[str, tuple[Tensor | None, ...]]]:
+        """The module and, by parameter and buffer, the indices taken; None for one that stays as it is."""
+        if self.source is None or self.result is None:
+            return None, {}
+        if isinstance(self.module, nn.Linear) and not self._pinned():
+            return self._linear(self.module)
+        if isinstance(self.module, nn.Conv2d):
+            return self._convolution(self.module)
+        if isinstance(self.module, (nn.BatchNorm1d, nn.BatchNorm2d)) and not self._pinned():
+            return self._batch_norm(self.module)
+        return None, {}
+
+    def _pinned(self) -> bool:
+        """Whether the analysis did not know what to make of it, so that it is as large as before."""
+        assert self.source is not None
+        return any(read.node is self.node and read.how == "all" for read in self.selected.analysis.reads)
+
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        assert self.source is not None
+        assert self.result is not None
+        device = next(self.module.parameters()).device
+        taken = (self.selected.index(channels) for channels in (self.result, self.source))
+        rows, columns = (torch.from_numpy(index).to(device) for index in taken)
+        return rows, columns
+
+    def _weight_and_bias(self, rows: Tensor, columns: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
+        """The smaller weight, float64, and the bias where there is one, the constants of what is gone in them."""
+        assert self.source is not None
+        full = self.selected.analysis.weights[str(self.node.target)].double()[rows]
+        bias = self.module.bias.detach().double()[rows] if isinstance(self.module.bias, Tensor) else None
+        constants = torch.from_numpy(np.nan_to_num(self.source.constants)).to(full.device)
+        constants[columns] = 0  # they are computed
+        if not constants.any():
+            return full[:, columns], bias
+        shares = torch.einsum("fc...,c->f...", full, constants)
+        weight = full[:, columns]
+        if how == "padded":
+            carrier = self.selected.carrier(self.source)
+            assert carrier is not None
+            weight[:, int((columns == carrier).nonzero())] += shares / float(self.source.constants[carrier])
+            return weight, bias
+        shares = shares.flatten(1).sum(1) if shares.dim() > 1 else shares
+        return weight, shares if bias is None else bias + shares
+
+    def _linear(self, module: nn.Linear) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
+        rows, columns = self._indices()
+        weight, bias = self._weight_and_bias(rows, columns, "bias")
+        made = nn.Linear(len(columns), len(rows), bias is not None, module.weight.device, module.weight.dtype)
+        return _filled(made, module, weight, bias), {"weight": (rows, columns), "bias": (rows,)}
+
+    def _convolution(self, module: nn.Conv2d) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
+        rows, columns = self._indices()
+        groups = module.groups
+        bias = None if module.bias is None else module.bias.detach().double()[rows]
+        if self._pinned() or (groups > 1 and not is_depthwise(module)):
+            weight, columns_of = self.selected.analysis.weights[str(self.node.target)].double(), None
+            rows, bias = torch.arange(len(weight)), None if module.bias is None else module.bias.detach().double()
+        elif groups > 1:
+            weight, columns_of, groups = (
+                self.selected.analysis.weights[str(self.node.target)].double()[rows],
+                None,
+                len(rows),
+            )
+        else:
+            (how,) = {read.how for read in self.selected.analysis.reads if read.node is self.node}
+            weight, bias = self._weight_and_bias(rows, columns, how)
+            columns_of = columns
+        made = nn.Conv2d(
+            weight.shape[1] * groups,
+            len(weight),
+            module.kernel_size,  # type: ignore[arg-type]
+            module.stride,  # type: ignore[arg-type]
+            module.padding,  # type: ignore[arg-type]
+            module.dilation,  # type: ignore[arg-type]
+            groups,
+            bias is not None,
+            module.padding_mode,
+            module.weight.device,
+            module.weight.dtype,
+        )
+        return _filled(made, module, weight, bias), {"weight": (rows, columns_of), "bias": (rows,)}
+
+    def _batch_norm(
+        self, module: nn.BatchNorm1d | nn.BatchNorm2d
+    ) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
+        made = copy.deepcopy(module)
+        rows = torch.from_numpy(self.selected.index(self.source))  # type: ignore[arg-type]
+        made.num_features = len(rows)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if tensor.dim() == 1:
+                getattr(made, name).data = tensor.detach()[rows.to(tensor.device)].clone()
+        return made, dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (rows,))
+
+
+def _filled(made: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """The layer with these values, laid out, frozen and in the mode as the one it comes of."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        parameter = getattr(made, name)
+        if value is not None:
+            parameter.copy_(value)
+            parameter.requires_grad_(module.weight.requires_grad)
+    if _is_channels_last(module.get_parameter("weight")):
+        made = made.to(memory_format=torch.channels_last)
+    return made.train(module.training)
+
+
+def _change(selected: _Selected, node: fx.Node, module: nn.Module, made: nn.Module) -> LayerChange:
+    weight = selected.analysis.weights[str(node.target)]
+    zero = (weight.flatten(1) == 0).all(1).cpu().numpy()
+    before, after = (tuple(layer.get_parameter("weight").shape) for layer in (module, made))
+    why: dict[str, int] = {}
+    channels = selected.analysis.results[node]
+    if not is_depthwise(module):
+        for position in np.intersect1d(selected.index(channels), np.flatnonzero(zero)):
+            reason = selected.why[selected.analysis.root(int(channels.ids[position]))]
+            why[reason] = why.get(reason, 0) + 1
+    text = ", ".join(f"{count}: {reason}" for reason, count in why.items())
+    return LayerChange(str(node.target), before[0], int(zero.sum()), after[0], (before[1], after[1]), text)
+
+
+def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: CompactModel) -> torch.optim.Optimizer:
+    """The optimizer of the small network: of the same class and settings, with the state of what was kept.
+
+    A bias that :func:`compact` made starts without state, in the group of its weight.
+
+    Args:
+        optimizer: of ``model``'s parameters; any whose state has the shape of its parameter or none (SGD, Adam, AdamW,
+            :class:`fastprune.optim.PrunedSGD`, which then has no pruner). Not changed.
+        model: which ``small`` was made of.
+        small: of :func:`compact`.
+
+    Raises:
+        ValueError: for an optimizer with a parameter that the model does not have.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    theirs = dict(small.named_parameters())
+    groups: list[dict[str, Any]] = []
+    states: dict[Tensor, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        params: list[Tensor] = []
+        for old in group["params"]:
+            if old not in names:
+                raise ValueError("the optimizer has a parameter that the model does not have: was it made for another?")
+            name = names[old]
+            if name not in theirs:
+                continue  # the forward does not use it
+            params.append(theirs[name])
+            states[theirs[name]] = (
+                {key: _taken(value, old, small.origins.get(name, ())) for key, value in optimizer.state[old].items()}
+                if old in optimizer.state
+                else {}
+            )
+            layer, _, kind = name.rpartition(".")
+            bias = theirs.get(f"{layer}.bias")
+            if kind == "weight" and bias is not None and f"{layer}.bias" not in set(names.values()):
+                params.append(bias)
+        groups.append({**{key: value for key, value in group.items() if key != "params"}, "params": params})
+    made = type(optimizer)(groups)  # type: ignore[call-arg]
+    made.state.update({param: state for param, state in states.items() if state})
+    return made
+
+
+def _taken(value: Any, old: Tensor, origin: Iterable[Tensor | None]) -> Any:
+    """The part of an optimizer's state that belongs to what was kept of a parameter."""
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return copy.deepcopy(value)
+    for dim, index in enumerate(origin):
+        value = value if index is None else value.index_select(dim, index.to(value.device))
+    return value.clone(memory_format=torch.channels_last if _is_channels_last(old) else torch.contiguous_format)
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    """Whether it is so and not, as 1×1 kernels are, contiguous as well."""
+    own = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return own and not weight.is_contiguous()

@@ -1,0 +1,283 @@
+"""The small network computes what the masked one does, whatever the architecture; and what is left of it."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastprune import FilterPruner, WeightPruner, compact, models
+from fastprune.compact import carry_optimizer
+from fastprune.optim import PrunedSGD
+
+SLOW = {"vgg16_bn", "densenet121", "timm:darknet53", "resnet50", "efficientnet_b0", "mobilenet_v3_large"}
+TORCHVISION = (
+    *("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "densenet121"),
+    *("efficientnet_b0", "convnext_tiny", "regnet_y_400mf", "regnet_x_400mf"),
+)
+TIMM = ("resnet18d", "ghostnet_100", "efficientnet_lite0", "darknet53", "dla34", "repvgg_a0", "convnext_atto")
+NAMES = ["resnet20", "resnet56", *TORCHVISION, *(f"timm:{name}" for name in TIMM)]
+# Whose convolutions stay as large as they are, and why; see the reports.
+PINNED = {"convnext_tiny"}
+
+
+@torch.no_grad()
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """In eval mode, with statistics, factors and biases that are not what they begin as."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor.is_floating_point() and tensor.squeeze().dim() <= 1 and tensor.numel() > 0:
+                low = -0.3 if name in ("bias", "running_mean") else 0.5
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * (0.6 if low < 0 else 1) + low)
+    return model.eval()
+
+
+def pruned(model: nn.Module, rate: float, seed: int = 0) -> FilterPruner:
+    """A pruner with random masks; now and then a layer loses all of its filters."""
+    pruner, generator = FilterPruner(model, 0.5, feedback="none"), torch.Generator().manual_seed(seed)
+    pruner.set_masks({name: torch.rand(len(m), generator=generator) > rate for name, m in pruner.masks().items()})
+    return pruner
+
+
+def create(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name.startswith("timm:"):
+        return timm.create_model(name.removeprefix("timm:"), num_classes=10)
+    return (
+        models.create(name) if name in ("resnet20", "resnet56") else torchvision.models.get_model(name, num_classes=10)
+    )
+
+
+def difference(first: nn.Module, second: nn.Module, *shape: int, dtype: torch.dtype = torch.float64) -> float:
+    images = torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = first(images)
+        return float((second(images) - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        pytest.param(name, rate, marks=pytest.mark.slow if name in SLOW or rate == 0.3 else ())
+        for name in NAMES
+        for rate in (0.3, 0.6)
+    ],
+)
+def test_computes_the_same(name: str, rate: float) -> None:
+    model = randomised(create(name)).double()
+    pruned(model, rate)
+    small = compact(model, torch.zeros(1, 3, 64, 64, dtype=torch.float64))
+    assert difference(model, small, 2, 3, 64, 64) < 1e-10
+    before, after = small.report.parameters
+    assert (after == before) if name in PINNED else (after < before)
+    assert difference(model.float(), small.float(), 2, 3, 64, 64, dtype=torch.float32) < 1e-5
+
+
+def test_other_sizes_of_batches_and_images() -> None:
+    model = randomised(create("resnet20")).double()
+    pruned(model, 0.6)
+    small = compact(model, torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    for shape in ((1, 3, 32, 32), (5, 3, 47, 33), (2, 3, 9, 8)):
+        assert difference(model, small, *shape) < 1e-10
+
+
+class Everything(nn.Module):
+    """What channels meet: padding of several kinds, a stream, a product, halves side by side, and features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.SiLU())
+        self.branch = nn.Sequential(
+            nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 6, 3, padding="same")
+        )
+        self.depthwise = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.BatchNorm2d(6), nn.Hardswish())
+        self.squeeze, self.excite = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1)
+        self.left, self.right = nn.Conv2d(6, 4, 3, stride=2), nn.Conv2d(6, 3, 3, stride=2)
+        self.norm, self.mixed = nn.BatchNorm2d(7), nn.Conv2d(7, 4, 3, padding=1, padding_mode="reflect")
+        self.pool = nn.AvgPool2d(3, 2, padding=1)
+        self.features, self.fc = nn.Linear(4 * 2 * 2, 9), nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.branch(x)
+        x = self.depthwise(x)
+        x = x * torch.sigmoid(self.excite(functional.relu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+        x = self.norm(torch.cat([self.left(x), functional.relu(self.right(x))], 1))
+        x = self.pool(functional.leaky_relu(self.mixed(x), 0.2))
+        return self.fc(functional.relu(self.features(x.view(x.size(0), -1))))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.sampled_from([0.2, 0.5, 0.9]))
+def test_whatever_channels_meet(seed: int, rate: float) -> None:
+    torch.manual_seed(seed)
+    model = randomised(Everything(), seed).double()
+    pruned(model, rate, seed)
+    masks = {"features": torch.rand(9) > rate}
+    small = compact(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64), masks=masks)
+    with torch.no_grad():
+        model.features.weight[~masks["features"]] = 0
+    assert difference(model, small, 3, 3, 8, 8) < 1e-10
+
+
+def layered(*layers: nn.Module) -> nn.Sequential:
+    torch.manual_seed(0)
+    return randomised(nn.Sequential(*layers)).double()  # type: ignore[return-value]
+
+
+def with_masks(model: nn.Sequential, **masks: list[int]) -> nn.Sequential:
+    pruner = FilterPruner(model, 0.0, every=10**6)
+    pruner.set_masks({name.strip("_"): torch.tensor(mask).bool() for name, mask in masks.items()})
+    return model
+
+
+def test_without_padding_constants_go_into_biases() -> None:
+    model = layered(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, bias=False))
+    small = compact(with_masks(model, _0=[1, 0, 0, 1]), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert small.get_submodule("0").weight.shape == (2, 3, 3, 3)
+    assert small.get_submodule("2").weight.shape == (2, 2, 3, 3)
+    assert small.get_submodule("2").bias is not None
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+
+
+def test_with_padding_one_constant_channel_carries_the_others() -> None:
+    model = layered(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 3, padding=1))
+    small = compact(with_masks(model, _0=[1, 0, 0, 1, 0, 0]), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert small.get_submodule("0").weight.shape[0] == 3
+    assert small.report.layers[0].why == "1: carries constants to 2"
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+
+
+def test_a_stream_keeps_what_any_branch_writes() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = (
+                nn.Conv2d(3, 4, 1, bias=False),
+                nn.Conv2d(3, 4, 1, bias=False),
+                nn.Conv2d(4, 2, 1),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.a(x) + self.b(x))
+
+    model = randomised(Residual()).double()
+    FilterPruner(model, 0.0, every=10**6).set_masks(
+        {"a": torch.tensor([1, 0, 0, 0]).bool(), "b": torch.tensor([1, 1, 0, 0]).bool()}
+    )
+    small = compact(model, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    assert small.get_submodule("a").weight.shape[0] == small.get_submodule("b").weight.shape[0] == 2
+    assert small.report.layers[0].why == "1: not constant for head"
+    assert difference(model, small, 2, 3, 4, 4) < 1e-12
+
+
+def test_round_to_and_the_last_channel() -> None:
+    model = layered(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    with_masks(model, _0=[1] * 5 + [0] * 11, _2=[0] * 6)
+    images = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    assert [layer.kept for layer in compact(model, images).report.layers] == [5, 1, 2]
+    small = compact(model, images, round_to=8)
+    assert [layer.kept for layer in small.report.layers] == [8, 6, 2]
+    assert small.report.layers[0].why == "3: round_to"
+    assert difference(model, small, 2, 3, 4, 4) < 1e-12
+    with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+        compact(model, images, round_to=0)
+
+
+def test_what_is_read_whole_stays_and_the_report_says_so() -> None:
+    model = layered(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
+    small = compact(with_masks(model, _0=[1, 0, 1, 1], _1=[0, 1, 1, 1]), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert [layer.kept for layer in small.report.layers] == [4, 4, 2]
+    assert [layer.why for layer in small.report.layers] == ["1: read whole by 1", "1: read whole by 1", ""]
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+    text = str(small.report)
+    assert "read whole by 1" in text
+    assert f"parameters: {sum(p.numel() for p in model.parameters()):,} ->" in text
+
+
+def test_single_weights_remove_the_filters_they_leave_empty() -> None:
+    model = layered(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+    pruner = WeightPruner(model, 0.0, every=10**6)
+    mask = torch.ones(4, 3, 1, 1, dtype=torch.bool)
+    mask[1], mask[2, 0] = False, False
+    pruner.set_masks({"0": mask})
+    small = compact(model, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    assert small.get_submodule("0").weight.shape[0] == 3
+    assert difference(model, small, 2, 3, 4, 4) < 1e-12
+
+
+def test_the_model_is_not_changed_and_the_small_one_is_ordinary() -> None:
+    model = randomised(create("resnet20")).to(memory_format=torch.channels_last)
+    pruner = pruned(model, 0.6)
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    small = compact(model, torch.zeros(1, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert small.training
+    assert all(type(module).__module__.startswith("torch.nn") for module in list(small.modules())[1:])
+    weight = small.get_submodule("layer1.0.conv1").weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert weight.requires_grad
+    assert set(small.state_dict()) <= {name for name in before if not name.endswith("mask")} | {
+        f"{name}.bias" for name in pruner.layers
+    }
+    assert difference(model.eval(), copy.deepcopy(small).eval(), 2, 3, 32, 32, dtype=torch.float32) < 1e-5
+
+
+def test_masks_of_other_models() -> None:
+    with pytest.raises(ValueError, match="masks: nowhere is no convolution or linear layer"):
+        compact(layered(nn.Conv2d(3, 2, 1)).float(), torch.zeros(1, 3, 4, 4), masks={"nowhere": torch.ones(2).bool()})
+
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=0.01),
+    "pruned": lambda params: PrunedSGD(params, lr=0.1, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_training_goes_on_with_the_optimizer(kind: str) -> None:
+    """Where pruned channels are 0 throughout, a step of the small network is the masked one's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8, affine=False), nn.ReLU()),
+        *(nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 3)),
+    ).double()
+    FilterPruner(model, 0.0, every=10**6, feedback="none").set_masks(
+        {"0": torch.tensor([1, 0, 1, 1, 0, 1, 1, 0]).bool(), "3": torch.tensor([0, 1, 1, 1, 0, 1]).bool()}
+    )
+    model.eval()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+
+    def step(network: nn.Module, with_: torch.optim.Optimizer, seed: int) -> None:
+        images = torch.randn(4, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        with_.zero_grad()
+        network(images).square().mean().backward()
+        with_.step()
+
+    for seed in range(3):
+        step(model, optimizer, seed)
+    small = compact(model, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    carried = carry_optimizer(optimizer, model, small)
+    assert type(carried) is type(optimizer)
+    assert carried.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(small, carried, seed)
+    assert difference(model, small, 2, 3, 4, 4) < 1e-10
+    kept = model[3].weight[model[3].mask][:, model[0].mask]
+    torch.testing.assert_close(small.get_submodule("3").weight, kept)
+
+
+def test_optimizers_of_other_models() -> None:
+    model = layered(nn.Conv2d(3, 2, 1)).float()
+    small = compact(model, torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="the optimizer has a parameter that the model does not have"):
+        carry_optimizer(torch.optim.SGD(layered(nn.Conv2d(3, 2, 1)).parameters()), model, small)
