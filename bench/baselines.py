@@ -115,6 +115,25 @@ def original_masked(weights: list[Tensor], masks: list[Tensor], dtype: torch.dty
     return pytorch_masked(weights, masks, dtype)
 
 
+# ------------------------------------------------------------------------------------- generated weights
+
+
+def original_hyper(
+    hidden: Tensor, weight: Tensor, bias: Tensor, shape: tuple[int, ...], out_channels: int, in_channels: int
+) -> Tensor:
+    """All weights of the widest layer are generated, and then sliced."""
+    generated = torch.nn.functional.linear(hidden, weight, bias).view(shape)
+    return generated[:out_channels, :in_channels].contiguous()
+
+
+def pytorch_hyper(
+    hidden: Tensor, weight: Tensor, bias: Tensor, shape: tuple[int, ...], out_channels: int, in_channels: int
+) -> Tensor:
+    """The rows that are wanted are sliced, and generate what is wanted."""
+    rows = weight.view(*shape, -1)[:out_channels, :in_channels]
+    return rows @ hidden + bias.view(shape)[:out_channels, :in_channels]
+
+
 # ------------------------------------------------------------------------------------------ decorrelation
 
 

@@ -12,6 +12,8 @@ MODULES = {
     "kth_threshold": "filter_mask",
     "filter_mask": "filter_mask",
     "update_filter_masks_": "filter_mask",
+    "hyper_weight": "hyper_weight",
+    "hyper_weight_backward": "hyper_weight",
     "masked_weights": "masked_weights",
     "masked_weights_backward": "masked_weights",
     "sgd_step_": "sgd_step",

@@ -48,6 +48,8 @@ def test_backends_lists_every_op_on_every_device() -> None:
         "decorrelation_backward",
         "filter_mask",
         "filter_norms",
+        "hyper_weight",
+        "hyper_weight_backward",
         "kth_threshold",
         "masked_weights",
         "masked_weights_backward",

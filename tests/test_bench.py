@@ -48,10 +48,10 @@ def test_on_the_cpu() -> None:
     machine, header, *results = lines_of(ran.stdout, "fastprune: median times")
     assert "threads" in machine
     assert header == HEADER
-    assert len(results) == 28
+    assert len(results) == 31
     assert results[0].startswith("covariance fwd+bwd          tiny      fastprune  ")
     assert lines_of(ran.stdout, "fastprune: expected ratios") == []  # promised for other networks
-    assert "28 passed" in ran.stdout
+    assert "31 passed" in ran.stdout
 
 
 # By op, the rivals that have eager and graph rows, besides ours.
@@ -59,6 +59,7 @@ RIVALS = {
     "update_filter_masks_": ["pytorch", "pytorch vector_norm", "pytorch topk", "torch.compile", "(bare read)"],
     "masked_weights": ["pytorch", "pytorch foreach", "torch.compile", "original"],
     "masked_weights fwd+bwd": ["pytorch", "pytorch foreach", "torch.compile", "original"],
+    "hyper_weight fwd+bwd": ["pytorch", "torch.compile", "original"],
     "weight_mask": ["pytorch", "pytorch topk", "pytorch foreach", "torch.compile"],
     "sgd_step_": ["pytorch for-loop", "pytorch foreach", "pytorch fused", "torch.compile"],
     "covariance fwd+bwd": ["pytorch", "pytorch cov", "torch.compile"],

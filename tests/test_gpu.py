@@ -78,6 +78,17 @@ def masked_weights(x: Inputs) -> Any:
     return [tensor.detach() for tensor in masked], torch.autograd.grad(masked, leaves, x.upstream)
 
 
+def hyper_weight(x: Inputs) -> Any:
+    """The weights make a layer of 4 to 4·3·2·2, whatever they are."""
+    flat = torch.cat([weight.flatten() for weight in x.weights])
+    made = (flat[:4].clone(), flat[4:196].view(48, 4).clone(), flat[-48:].clone())
+    leaves = [tensor.requires_grad_() for tensor in made]
+    sizes = {"out_channels": 3, "in_channels": 2, "shape": (4, 3, 2, 2)}
+    generated = ops.hyper_weight(*leaves, **sizes, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    upstream = x.upstream[0].flatten()[:24].view(3, 2, 2, 2).contiguous(memory_format=torch.channels_last)
+    return generated.detach(), torch.autograd.grad(generated, leaves, upstream)
+
+
 def decorrelation(kind: str) -> Callable[[Inputs], Any]:
     def call(x: Inputs) -> Any:
         leaves = [weight.detach().requires_grad_() for weight in x.weights]
@@ -101,6 +112,7 @@ CALLS: dict[str, tuple[list[str], Callable[[Inputs], Any]]] = {
     "filter_mask": (["filter_mask"], lambda x: ops.filter_mask(x.weights, RATE)),
     "update": (["update_filter_masks_"], lambda x: ops.update_filter_masks_(x.weights, RATE, x.updated)),
     "weight_mask": (["weight_mask"], lambda x: ops.weight_mask(x.weights, RATE)),
+    "hyper_weight": (["hyper_weight", "hyper_weight_backward"], hyper_weight),
     "masked_weights": (["masked_weights", "masked_weights_backward"], masked_weights),
     "sgd_step": (["sgd_step_"], sgd_step_),
     **{kind: (["decorrelation", "decorrelation_backward"], decorrelation(kind)) for kind in ops.DECORRELATION_KINDS},

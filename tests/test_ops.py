@@ -26,6 +26,11 @@ def coefficients(kind: str, mask: Tensor | None) -> Tensor:
     return fastprune.decorrelation(weights(), kind, True, mask, "highest")[1]
 
 
+def hyper_layer(grad: bool) -> list[Tensor]:
+    """Hidden activations of 5, and the weight and bias of a layer that generates [4, 3, 3, 3]."""
+    return [tensor.requires_grad_(grad) for tensor in cases.random_weights([(5,), (108, 5), (108,)])]
+
+
 # name: (op, its arguments); what is differentiable gets weights that require a gradient.
 OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "filter_norms": lambda: (fastprune.filter_norms, (weights(), 2)),
@@ -43,6 +48,14 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
     "masked_weights_backward": lambda: (
         fastprune.masked_weights_backward,
         (weights(torch.bfloat16), cases.random_mask(SHAPES), torch.float32, None),
+    ),
+    "hyper_weight": lambda: (
+        fastprune.hyper_weight,
+        (*hyper_layer(grad=True), 3, 2, [4, 3, 3, 3], torch.bfloat16, True),
+    ),
+    "hyper_weight_backward": lambda: (
+        fastprune.hyper_weight_backward,
+        (torch.randn(3, 2, 3, 3, requires_grad=True), *hyper_layer(grad=True)[:2], [4, 3, 3, 3]),
     ),
     "sgd_step_": lambda: (
         fastprune.sgd_step_,

@@ -60,18 +60,6 @@ inline void multiply_panels(const A* left, const A* right, int64_t depth, int64_
   }
 }
 
-// The lower (Offset 0) or upper (Offset lanes / 2) halves of a and b, their elements alternating.
-template <class A, size_t Offset, size_t... I>
-inline Vector<A> zip(const Vector<A>& a, const Vector<A>& b, std::index_sequence<I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, (I / 2 + (I % 2) * sizeof...(I) + Offset)...);
-#else
-  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
-  return __builtin_shuffle(a, b,
-                           Vector<Index>{static_cast<Index>(I / 2 + (I % 2) * sizeof...(I) + Offset)...});
-#endif
-}
-
 // Transposes a square of vectors by log2(lanes) perfect shuffles.
 template <class A>
 inline void transpose(Vector<A>* rows) {

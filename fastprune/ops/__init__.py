@@ -12,6 +12,7 @@ from ._backend import (
 )
 from .decorrelation import decorrelation
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
+from .hyper_weight import hyper_weight
 from .masked_weights import masked_weights, written_masked_weights
 from .reference import DECORRELATION_KINDS, PRECISIONS
 from .sgd_step import sgd_step_
@@ -30,6 +31,7 @@ __all__ = [
     "filter_mask",
     "filter_norms",
     "get_backend",
+    "hyper_weight",
     "kth_threshold",
     "masked_weights",
     "set_backend",

@@ -55,6 +55,15 @@ def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any])
     _references[name] = reference
 
 
+def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
+    """Register the op's gradient as a function that takes its arguments, and calls the op below autograd.
+
+    For an op that is called layer after layer: the host gets through it in half the time that it takes with
+    ``torch.library.register_autograd``.
+    """
+    _library.impl(name, function.apply, "Autograd")
+
+
 def _counting_versions(name: str, mutated: list[int]) -> Callable[..., Any]:
     def kernel(keyset: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         for i in mutated:

@@ -28,6 +28,8 @@ CUDA = {
     "update_filter_masks_": "filter_mask",
     "masked_weights": "masked_weights",
     "masked_weights_backward": "masked_weights",
+    "hyper_weight": "hyper_weight",
+    "hyper_weight_backward": "hyper_weight",
     "sgd_step_": "sgd_step",
     "weight_mask": "weight_mask",
     "decorrelation": "decorrelation",

@@ -15,6 +15,12 @@ from .decorrelation import (
     decorrelation_backward,
 )
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
+from .hyper_weight import (
+    check_hyper_weight,
+    check_hyper_weight_backward,
+    hyper_weight,
+    hyper_weight_backward,
+)
 from .masked_weights import check_masked_weights, masked_weights, masked_weights_backward
 from .sgd_step import check_sgd_step, sgd_step_
 from .weight_mask import check_weight_mask, weight_mask
@@ -25,6 +31,8 @@ __all__ = [
     "accumulation_dtype",
     "check_decorrelation",
     "check_decorrelation_backward",
+    "check_hyper_weight",
+    "check_hyper_weight_backward",
     "check_masked_weights",
     "check_sgd_step",
     "check_weight_mask",
@@ -33,6 +41,8 @@ __all__ = [
     "decorrelation_backward",
     "filter_mask",
     "filter_norms",
+    "hyper_weight",
+    "hyper_weight_backward",
     "kth_threshold",
     "masked_weights",
     "masked_weights_backward",
