@@ -5,6 +5,7 @@ from .accelerate import accelerate
 from .compact import compact
 from .cost import cost
 from .decorrelation import Decorrelation
+from .network_file import NetworkFileError, load, save
 from .nn import MaskedConv2d
 from .ops import backends, set_backend
 from .pruner import FilterPruner, WeightPruner
@@ -14,6 +15,7 @@ __all__ = [
     "Decorrelation",
     "FilterPruner",
     "MaskedConv2d",
+    "NetworkFileError",
     "WeightPruner",
     "__version__",
     "accelerate",
@@ -21,7 +23,9 @@ __all__ = [
     "compact",
     "cost",
     "distributed",
+    "load",
     "ops",
     "optim",
+    "save",
     "set_backend",
 ]

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load", "previous_path", "save", "write_atomically"]
+__all__ = ["CheckpointError", "load", "previous_path", "read_sealed", "save", "write_atomically", "write_sealed"]
 
 _KEY = "fastprune.checkpoint"
 _VERSION = 1
@@ -63,9 +63,35 @@ def save(path: Path, state: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     tree = _encode(state, "state", tensors)
+    write_sealed(path, tensors, _KEY, {"version": _VERSION}, {"tree": tree}, "checkpoint", keep=previous_path(path))
+
+
+def write_sealed(
+    path: Path,
+    tensors: dict[str, Tensor],
+    key: str,
+    version: dict[str, int],
+    content: dict[str, Any],
+    what: str,
+    keep: Path | None = None,
+) -> None:
+    """Write a safetensors file whose header has `version`, a checksum of the whole file and `content` under `key`.
+
+    Args:
+        path, keep: as for `write_atomically`.
+        tensors: dense, contiguous, on the CPU.
+        key: of the header's metadata.
+        version: `{"version": number}`.
+        content: JSON values.
+        what: is written, as in "the checkpoint".
+
+    Raises:
+        ValueError: for more than 100 MB outside the tensors.
+        OSError: as `write_atomically`.
+    """
     _unshare(tensors)
-    text = json.dumps({"version": _VERSION, "sha256": _NO_DIGEST, "tree": tree}, allow_nan=False)
-    blob = memoryview(safetensors.torch.save(tensors, metadata={_KEY: text}))
+    text = json.dumps({**version, "sha256": _NO_DIGEST, **content}, allow_nan=False)
+    blob = memoryview(safetensors.torch.save(tensors, metadata={key: text}))
     header_end = 8 + int.from_bytes(blob[:8], "little")
     if header_end - 8 > _MAX_HEADER:
         raise ValueError(
@@ -73,9 +99,9 @@ def save(path: Path, state: Any) -> None:
             f"and at most {_MAX_HEADER:,} can be saved: put long lists into tensors"
         )
     header, body = bytes(blob[:header_end]), blob[header_end:]
-    # The metadata comes first in the header and the digest before the tree: the first 64 zeros are its field.
+    # The metadata comes first in the header and the digest before the content: the first 64 zeros are its field.
     header = header.replace(_NO_DIGEST.encode(), _digest(header, body).encode(), 1)
-    write_atomically(path, [header, body], what="the checkpoint", keep=previous_path(path))
+    write_atomically(path, [header, body], what=f"the {what}", keep=keep)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> Any:
@@ -216,41 +242,56 @@ def _decode(node: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Return the JSON tree and the tensors by name. No more is read than the file's own header asks for."""
+    """Return the JSON tree and the tensors by name."""
+    stored, tensors = read_sealed(path, _KEY, _VERSION, "checkpoint")
+    return stored["tree"], tensors
+
+
+def read_sealed(path: Path, key: str, version: int, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what `write_sealed` put under `key`, and the tensors by name.
+
+    No more is read, and no more memory taken, than the file is long, whatever its header says.
+
+    Raises:
+        CheckpointError: for a missing, unreadable, truncated, damaged or foreign file, or another version.
+    """
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = file.read(8)
             header_size = int.from_bytes(length, "little")
             if len(length) < 8 or header_size > min(size - 8, _MAX_HEADER):
-                raise CheckpointError(f"{path} ({size:,} bytes) is truncated, or not a checkpoint")
+                raise CheckpointError(f"{path} ({size:,} bytes) is truncated, or not a {what}")
             header = length + file.read(header_size)
-            stored = _metadata(path, header)
+            stored = _metadata(path, header, key, version, what)
             body = file.read()
     except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
+        raise CheckpointError(f"there is no {what} {path}") from None
     except OSError as error:
-        raise CheckpointError(f"cannot read the checkpoint {path}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     zeroed = header.replace(str(stored.get("sha256")).encode(errors="replace"), _NO_DIGEST.encode(), 1)
     if _digest(zeroed, memoryview(body)) != stored.get("sha256"):
         raise CheckpointError(f"{path} is truncated or damaged: its contents do not match its checksum")
-    return stored["tree"], safetensors.torch.load(header + body)
+    try:
+        return stored, safetensors.torch.load(header + body)
+    except Exception as error:  # its own error class, and others for headers that no one writes by accident
+        raise CheckpointError(f"{path} is damaged, or not a {what}: {error}") from error
 
 
-def _metadata(path: Path, header: bytes) -> dict[str, Any]:
-    """Return our JSON object from a safetensors header, of a version that we read."""
+def _metadata(path: Path, header: bytes, key: str, version: int, what: str) -> dict[str, Any]:
+    """Return our JSON object from a safetensors header, of the version that we read."""
     try:
         outer = json.loads(header[8:].decode())
         metadata = outer.get("__metadata__", {}) if isinstance(outer, dict) else {}
-        stored = json.loads(metadata[_KEY])
-        version = stored["version"]
+        stored = json.loads(metadata[key])
+        found = stored["version"]
     except (KeyError, TypeError):
-        raise CheckpointError(f"{path} was not written by fastprune: its header lacks {_KEY!r}") from None
+        raise CheckpointError(f"{path} was not written by fastprune: its header lacks {key!r}") from None
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is damaged, or not a checkpoint: its header is not JSON") from None
-    if version != _VERSION:
+        raise CheckpointError(f"{path} is damaged, or not a {what}: its header is not JSON") from None
+    if found != version:
         raise CheckpointError(
-            f"{path} has checkpoint version {version!r}, this fastprune reads {_VERSION}: "
+            f"{path} has {what} version {found!r}, this fastprune reads {version}: "
             "load it with the release that wrote it"
         )
     return stored

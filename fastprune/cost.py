@@ -81,9 +81,9 @@ def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...], masked: bool
         model: any module that PyTorch can run with fake tensors (no branches on values of tensors). Not changed.
         example_input: its input, or a tuple of its positional inputs. Only shapes, dtypes and devices are read.
         masked: count what the masks of its :class:`fastprune.nn.MaskedConv2d` leave: not the pruned filters, not the
-            channels they leave constant, not what no kept filter reads. These are the channels that
-            :func:`fastprune.compact` removes. Masks of single weights count where they leave nothing of a filter.
-            False: as if nothing were pruned.
+            channels they leave constant, not what no kept filter reads. That is the most
+            that can be removed; :func:`fastprune.compact` keeps a filter whose channel another branch keeps. Masks of
+            single weights count where they leave nothing of a filter. False: as if nothing were pruned.
 
     Raises:
         TypeError: if ``example_input`` has no tensor.

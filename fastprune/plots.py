@@ -18,7 +18,10 @@ from matplotlib.ticker import MaxNLocator
 from .checkpoint import write_atomically
 from .report import Record, best_epoch, read_metrics, run_title
 
-__all__ = ["compare_runs", "curves_figure", "filters_figure", "kept_shares", "plot_run"]
+__all__ = [
+    *("compare_runs", "comparison_figure", "curves_figure", "filters_figure", "kept_shares", "plot_run", "png"),
+    *("read_config", "run_names"),
+]
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito).
 _BLUE, _ORANGE, _GREEN, _RED, _GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#D9DDE1"
@@ -33,7 +36,7 @@ def plot_run(run: Path) -> list[Path]:
         OSError: where a picture cannot be written; an older one stays.
     """
     metrics = read_metrics(run)
-    title = run_title(_read_config(run), fallback=run.resolve().name)
+    title = run_title(read_config(run), fallback=run.resolve().name)
     curves, filters = run / "curves.png", run / "filters.png"
     _write(curves_figure(metrics, title), curves)
     _write(filters_figure(metrics[-1], title), filters)
@@ -41,19 +44,32 @@ def plot_run(run: Path) -> list[Path]:
 
 
 def compare_runs(runs: Sequence[Path], out: Path) -> None:
-    """Draw test accuracy and sparsity of several runs into the PNG file `out`, labelled by their settings.
+    """Draw `comparison_figure` into the PNG file `out`.
+
+    Raises:
+        ValueError: for no run, and as `read_metrics` does.
+    """
+    _write(comparison_figure(runs), out)
+
+
+def run_names(runs: Sequence[Path]) -> list[str]:
+    """Return what runs are called side by side: by their settings, and by their folder where settings are equal."""
+    titles = [run_title(read_config(run), fallback=run.resolve().name) for run in runs]
+    shared = Counter(titles)
+    return [t if shared[t] == 1 else f"{t} ({run.resolve().name})" for run, t in zip(runs, titles, strict=True)]
+
+
+def comparison_figure(runs: Sequence[Path]) -> Figure:
+    """Return test accuracy and sparsity of several runs over epochs, labelled by their settings.
 
     Raises:
         ValueError: for no run, and as `read_metrics` does.
     """
     if not runs:
         raise ValueError("no runs to compare: give at least one run folder")
-    titles = [run_title(_read_config(run), fallback=run.resolve().name) for run in runs]
-    shared = Counter(titles)
     figure, (left, right) = _two_panels("", height=4.6 + 0.22 * len(runs))
-    for index, (run, title) in enumerate(zip(runs, titles, strict=True)):
+    for index, (run, name) in enumerate(zip(runs, run_names(runs), strict=True)):
         metrics = read_metrics(run)
-        name = title if shared[title] == 1 else f"{title} ({run.resolve().name})"
         label = f"{name}: last {metrics[-1]['test']['top1']:.2f} %"
         epochs, colour = [m["epoch"] for m in metrics], _CYCLE[index % len(_CYCLE)]
         style = ("-", "--", ":")[index // len(_CYCLE) % 3]
@@ -62,7 +78,7 @@ def compare_runs(runs: Sequence[Path], out: Path) -> None:
     _finish(left, "Test accuracy", "top-1 (%)")
     _finish(right, "Sparsity", "zeros of all weights and biases (%)", full=True)
     figure.legend(loc="outside lower left", frameon=False)
-    _write(figure, out)
+    return figure
 
 
 def curves_figure(metrics: Sequence[Record], title: str) -> Figure:
@@ -109,7 +125,7 @@ def filters_figure(record: Record, title: str) -> Figure:
     axes.grid(axis="x", color="white", linewidth=0.7, alpha=0.8)
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     total = f"{record['kept_filters']:,} of {record['filters']:,} filters kept after epoch {record['epoch']}"
-    axes.set_title(f"{title}\n{total}", fontsize=10, loc="left")
+    axes.set_title("\n".join(filter(None, (title, total))), fontsize=10, loc="left")
     return figure
 
 
@@ -117,7 +133,8 @@ def _top1(metrics: Sequence[Record], split: str) -> list[float]:
     return [m[split]["top1"] for m in metrics]
 
 
-def _read_config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> dict[str, Any]:
+    """Return what `run/config.json` says, `{}` without one; a ValueError names one that is not a JSON object."""
     path = run / "config.json"
     if not path.is_file():
         return {}
@@ -152,7 +169,12 @@ def _finish(axes: Axes, title: str, unit: str, full: bool = False) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
+    file = io.BytesIO()
+    FigureCanvasAgg(figure).print_figure(file, format="png", dpi=130)
+    return file.getvalue()
+
+
 def _write(figure: Figure, path: Path) -> None:
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(png, format="png", dpi=130)
-    write_atomically(path, [png.getbuffer()], what="a picture")
+    write_atomically(path, [png(figure)], what="a picture")

@@ -1,8 +1,12 @@
-"""What a run folder says: its metrics read back, summed up, and put beside the authors' table."""
+"""What a run folder says: its metrics read back, summed up, and put beside the authors' table.
+
+``python -m fastprune.report run/ [run/ ...]`` draws one run, or compares several (see report_page).
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +15,7 @@ from typing import Any
 
 __all__ = [
     *("AUTHORS_RESULTS", "LAYER_FIELDS", "AuthorsResult", "Record", "best_epoch", "comparison", "format_summary"),
-    *("read_metrics", "run_title", "summary"),
+    *("main", "read_metrics", "run_title", "summary"),
 ]
 
 Record = dict[str, Any]
@@ -218,3 +222,14 @@ def _alpha(config: Mapping[str, Any]) -> float | None:
 def best_epoch(metrics: Sequence[Record]) -> Record:
     """Return the record with the highest test top-1, the earliest of equals."""
     return max(metrics, key=lambda m: m["test"]["top1"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command ``python -m fastprune.report``; see report_page."""
+    from . import report_page  # which draws with what reads from here
+
+    return report_page.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune import FilterPruner, WeightPruner, models
+from fastprune import FilterPruner, WeightPruner, compact, models
 from fastprune.cost import Cost, cost
 from fastprune.nn import MaskedConv2d, mask_convolutions
 
@@ -269,6 +269,44 @@ def test_masks_of_a_pruner_are_read(rate: float) -> None:
     assert dense.macs == cifar_resnet_macs(3)
     kept = pruner.masks()["layer1.0.conv1"]
     assert layer(found, "layer1.0.conv2")[0] == int(kept.sum()) * int(pruner.masks()["layer1.0.conv2"].sum()) * 9 * 1024
+
+
+class Separable(nn.Module):
+    """Every kind of convolution, and no branch that would keep what another one prunes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16, bias=False), nn.BatchNorm2d(16))
+        self.pointwise = nn.Sequential(nn.Conv2d(16, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU())
+        self.last = nn.Conv2d(24, 8, 3, bias=False)
+        self.fc = nn.Linear(8 * 9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(functional.max_pool2d(self.pointwise(self.depthwise(self.stem(x))), 2))
+        return self.fc(torch.flatten(functional.relu(x), 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_the_masks_leave_is_what_the_compact_network_costs(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Separable().eval()
+    for mask in FilterPruner(model, rate=0).masks().values():
+        mask.copy_(torch.rand(len(mask)) > 0.4)
+    example = torch.zeros(1, 3, 12, 12)
+    left, small = cost(model, example), cost(compact(model, example), example)
+    assert left.macs == small.macs < cost(model, example, masked=False).macs
+    weights = {each.name: each.macs for each in left.layers if each.macs}
+    assert weights == {each.name: each.macs for each in small.layers if each.macs}
+
+
+def test_a_compact_residual_network_costs_at_least_what_the_masks_leave() -> None:
+    torch.manual_seed(0)
+    model = models.create("resnet20").eval()
+    for mask in FilterPruner(model, rate=0).masks().values():
+        mask.copy_(torch.rand(len(mask)) > 0.5)
+    left, small, dense = cost(model, IMAGE), cost(compact(model, IMAGE), IMAGE), cost(model, IMAGE, masked=False)
+    assert left.macs < small.macs < dense.macs  # filters whose channel another branch keeps stay in the small one
 
 
 # ---- what is said ----

@@ -1,0 +1,182 @@
+"""A trained run is exported small, and what the file computes is what the run computes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import fastprune
+from fastprune import checkpoint, formats, network_file, run_folder, train
+from fastprune.export import CheckFailedError, check, main
+from fastprune.recipes import Config
+from fastprune.run_folder import RunError
+
+CONFIG: dict[str, Any] = {"model": "resnet20", "data": "embedded", "device": "cpu", "precision": "fp32", "min_kept": 2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps, with masks that its pruner made."""
+    folder = tmp_path_factory.mktemp("run")
+    settings = {**CONFIG, "limit_train": 16, "limit_test": 8, "batch_size": 8, "epochs": 1, "prune_every": 2}
+    train.run(Config(out=folder, prune_rate=0.5, **settings))
+    return folder
+
+
+def trained(run: Path) -> nn.Module:
+    return run_folder.load_network(run)[1]
+
+
+def test_a_run_comes_back_with_its_masks(run: Path) -> None:
+    model = trained(run)
+    saved = checkpoint.load(run / train.CHECKPOINT)["model"]
+    assert not model.training
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    kept = [int(module.mask.sum()) for module in model.modules() if isinstance(module, fastprune.MaskedConv2d)]
+    last = json.loads((run / "summary.json").read_text())["last"]
+    assert sum(kept) == last["kept_filters"] < last["filters"]
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2", "safetensors"])
+def test_runs_are_exported_and_checked(
+    run: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"small.{kind}"
+    assert main([str(run), "--format", kind, "--check", "--batch", "1", "5", "--out", str(out)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[0] == f"{out}: {out.stat().st_size:,} bytes"
+    assert text[1].startswith("  parameters: 272,474 -> ")
+    assert text[2].startswith("  MACs: 40,813,184 -> ")
+    assert [line.split(":")[0] for line in text[3:]] == ["  batch 1", "  batch 5", "  checked"]
+    assert float(text[-1].split()[5]) < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    if kind == "onnx":
+        session = formats.onnx_session(out.read_bytes())
+        assert [(each.name, each.shape) for each in session.get_inputs()] == [("images", ["batch", 3, 32, 32])]
+        assert [each.name for each in session.get_outputs()] == ["logits"]
+    if kind == "safetensors":
+        loaded = fastprune.load(out)
+        assert sum(p.numel() for p in loaded.parameters()) < 272_474
+        assert loaded.meta["info"]["model"] == "resnet20"
+        assert loaded.meta["inputs"] == [{"shape": [1, 3, 32, 32], "dtype": "float32"}]
+
+
+def test_without_compact_pruned_weights_are_zeros(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "whole.safetensors"
+    assert main([str(run), "--format", "safetensors", "--no-compact", "--check", "--out", str(out)]) == 0
+    assert "parameters: 272,474 -> 272,474 (100.0%)" in capsys.readouterr().out
+    loaded, model = fastprune.load(out), trained(run)
+    assert not any(isinstance(module, fastprune.MaskedConv2d) for module in loaded.modules())
+    mask = model.get_submodule("layer1.0.conv1").mask
+    assert isinstance(mask, torch.Tensor)
+    assert not loaded.get_parameter("layer1.0.conv1.weight")[~mask].any()
+
+
+def test_saved_networks_are_exported_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    path = tmp_path / "net.safetensors"
+    fastprune.save(model, path, torch.zeros(4, 3, 8, 8))
+    assert main([str(path), "--format", "pt2", "--check"]) == 0
+    assert (tmp_path / "network.pt2").exists()
+    fastprune.save(model, path)
+    assert main([str(path), "--format", "pt2", "--image-size", "8", "--check"]) == 0
+
+
+def test_the_default_file_lies_in_the_run(run: Path) -> None:
+    assert main([str(run), "--format", "safetensors", "--round-to", "8"]) == 0
+    loaded = fastprune.load(run / "network.safetensors")
+    sizes = {module.out_channels for module in loaded.modules() if isinstance(module, nn.Conv2d)}
+    assert all(size % 8 == 0 for size in sizes)
+
+
+@pytest.mark.slow
+def test_latency_is_measured_before_and_after(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--format", "pt2", "--latency", "--out", str(tmp_path / "x.pt2")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("before") == text.count("exported") == 6
+
+
+# ---- what fails ----
+
+
+def test_a_file_that_computes_something_else_fails_the_check(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.safetensors"
+    assert main([str(run), "--format", "safetensors", "--out", str(out)]) == 0
+    model = trained(run)
+    with torch.no_grad():
+        model.get_parameter("fc.bias")[0] += 0.1
+    with pytest.raises(CheckFailedError, match=r"safetensors differs by .* of the largest output, more than 0\.0001"):
+        check(out, "safetensors", model, torch.zeros(1, 3, 32, 32), [2])
+    with torch.no_grad():
+        model.get_parameter("fc.bias")[0] = float("nan")
+    with pytest.raises(CheckFailedError, match="differs by nan"):
+        check(out, "safetensors", model, torch.zeros(1, 3, 32, 32), [1, 2])
+
+
+def failure(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(arguments) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("fastprune.export: error: ")
+    return text
+
+
+def test_sources_that_are_none_are_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not the folder of a run: it has no config.json" in failure([str(tmp_path)], capsys)
+    assert "there is no saved network" in failure([str(tmp_path / "none")], capsys)
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    assert "there is no checkpoint" in failure([str(tmp_path)], capsys)
+    state = checkpoint.load(run / train.CHECKPOINT)
+    state["model"].pop("conv1.weight")
+    checkpoint.save(tmp_path / train.CHECKPOINT, state)
+    assert "does not fit to" in failure([str(tmp_path)], capsys)
+
+
+def test_the_source_is_not_replaced(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "network.safetensors"
+    fastprune.save(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), path, torch.zeros(1, 3, 2, 2))
+    assert "would replace what is exported" in failure([str(path), "--format", "safetensors"], capsys)
+    assert "would replace" in failure([str(run), "--out", str(run / train.CHECKPOINT)], capsys)
+
+
+def test_an_input_must_be_known(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "net.safetensors"
+    fastprune.save(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), path)
+    assert "was saved without an example input: give --image-size" in failure([str(path)], capsys)
+    config, _ = run_folder.load_network(run)
+    (tmp_path / "config.json").write_text(json.dumps({"data": "my_folder"}))
+    with pytest.raises(RunError, match="does not say how large its images are: give --image-size"):
+        run_folder.image_shape(tmp_path, config)
+    assert run_folder.image_shape(tmp_path, config, 96) == (3, 96, 96)
+
+
+def test_missing_packages_are_said_before_the_work(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda name: None if name.startswith("onnx") else name)
+    text = failure([str(run), "--out", str(tmp_path / "x")], capsys)
+    assert "--format onnx needs onnx and onnxscript: pip install 'fastprune[export]'" in text
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("flags", ["--round-to 0", "--batch 0", "--image-size 0", "--format tflite"])
+def test_bad_flags_end_with_status_2(flags: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["somewhere", *flags.split()])
+    assert end.value.code == 2
+
+
+def test_images_are_known_from_the_data_and_the_statistics_from_the_run(run: Path, tmp_path: Path) -> None:
+    config, _ = run_folder.load_network(run)
+    assert run_folder.image_shape(run, config) == (3, 32, 32)
+    known = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 3.0], "classes": ["a"]}
+    (tmp_path / "config.json").write_text(json.dumps({"data": "embedded", **known}))
+    assert run_folder.image_statistics(tmp_path, config) == known
+    half = Config(normalize="half")
+    assert run_folder.image_statistics(tmp_path, half) == {"mean": [0.5] * 3, "std": [0.5] * 3, "classes": ["a"]}
+    assert network_file.is_network_file(run / train.CHECKPOINT) is False
