@@ -31,14 +31,14 @@ class Classifier(lightning.LightningModule):
 
 if __name__ == "__main__":
     lightning.seed_everything(0)
-    images = data.embedded(0).subset(512, 10)
+    images = data.embedded(0, train=256, test=10)
     inputs = data.normalize(images.train_images, images.mean, images.std)
     pruning = FilterPruning(rate=0.5, network="model")
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             max_epochs=1, callbacks=[pruning], accelerator="cpu", default_root_dir=folder, logger=False
         )
-        trainer.fit(Classifier(), DataLoader(TensorDataset(inputs, images.train_labels), batch_size=64))
+        trainer.fit(Classifier(), DataLoader(TensorDataset(inputs, images.train_labels), batch_size=32))
     assert pruning.pruner is not None
     kept = sum(pruning.pruner.kept().values())
     print(f"{trainer.global_step} steps: {kept} filters kept, sparsity {trainer.callback_metrics['sparsity']:.1f} %")

@@ -7,7 +7,7 @@ import fastprune
 from fastprune import data, models
 
 torch.manual_seed(0)
-images = data.embedded(0).subset(1024, 512)
+images = data.embedded(0, train=512, test=256)
 model = models.create("resnet20")
 pruner = fastprune.FilterPruner(model, rate=0.5)  # 1
 decorrelation = fastprune.Decorrelation(model, "covariance", alpha=0.01)
@@ -15,7 +15,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
 for epoch in range(2):
     model.train()
-    for batch in torch.randperm(1024).split(64):
+    for batch in torch.randperm(512).split(32):
         inputs = data.normalize(images.train_images[batch], images.mean, images.std)
         loss = functional.cross_entropy(model(inputs), images.train_labels[batch]) + decorrelation()  # 2
         optimizer.zero_grad()

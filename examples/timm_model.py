@@ -8,7 +8,7 @@ import fastprune
 from fastprune import data
 
 torch.manual_seed(0)
-images = data.embedded(0).subset(256, 10)
+images = data.embedded(0, train=256, test=10)
 model = timm.create_model("resnet10t", num_classes=10)
 # Every layer keeps at least 8 filters, in multiples of 8, by the geometric median.
 pruner = fastprune.FilterPruner(model, 0.5, "fpgm", scope="layer", min_kept=8, round_to=8, ignore=["conv1"])

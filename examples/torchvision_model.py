@@ -8,7 +8,7 @@ import fastprune
 from fastprune import data
 
 torch.manual_seed(0)
-images = data.embedded(0).subset(256, 10)
+images = data.embedded(0, train=256, test=10)
 model = torchvision.models.resnet18(num_classes=10)
 pruner = fastprune.FilterPruner(model, rate=0.6, every=2, schedule="cubic", ramp_steps=6, until=8)
 optimizer = fastprune.optim.PrunedSGD(model.parameters(), lr=0.02, momentum=0.9, pruner=pruner)

@@ -14,7 +14,7 @@ class Images(Dataset[dict[str, torch.Tensor]]):
     """The embedded set, as the model takes it."""
 
     def __init__(self, count: int) -> None:
-        images = data.embedded(0).subset(count, 10)
+        images = data.embedded(0, train=count, test=10)
         self.inputs = data.normalize(images.train_images, images.mean, images.std)
         self.labels = images.train_labels
 

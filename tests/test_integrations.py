@@ -1,5 +1,8 @@
 """The callbacks inside the real trainers: masks by optimizer steps, checkpoints and how they go on."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from fastprune import FilterPruner
 from fastprune.integrations.lightning import FilterPruning
 from fastprune.integrations.transformers import FilterPruning as TransformersFilterPruning
+from fastprune.nn import MaskedConv2d, mask_convolutions
 
 EVERY = 3
+DDP = Path(__file__).with_name("integrations_ddp.py")
 
 
 def network() -> nn.Sequential:
@@ -56,17 +61,28 @@ class Module(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         return functional.cross_entropy(self.net(batch[0]), batch[1])
 
+    def test_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        self.log("loss", functional.cross_entropy(self.net(batch[0]), batch[1]))
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def fit(folder: Path, epochs: int, ckpt_path: Path | None = None, **options: Any) -> tuple[Module, FilterPruning, Any]:
-    module, pruning = Module(), FilterPruning(0.5, network="net", every=EVERY)
-    trainer = lightning.Trainer(
-        max_epochs=epochs, callbacks=[pruning], accelerator="cpu", default_root_dir=folder, logger=False,
+def loader() -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(*batches()), batch_size=4)
+
+
+def lightning_trainer(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
+    return lightning.Trainer(
+        callbacks=list(callbacks), accelerator="cpu", default_root_dir=folder, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(*batches()), batch_size=4), ckpt_path=ckpt_path)
+
+
+def fit(folder: Path, epochs: int, ckpt_path: Path | None = None, **options: Any) -> tuple[Module, FilterPruning, Any]:
+    module, pruning = Module(), FilterPruning(0.5, network="net", every=EVERY)
+    trainer = lightning_trainer(folder, pruning, max_epochs=epochs, **options)
+    trainer.fit(module, loader(), ckpt_path=ckpt_path)
     return module, pruning, trainer
 
 
@@ -89,6 +105,54 @@ def test_lightning_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert pruning.pruner.steps == 18
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_lightning_keeps_masks_frozen(tmp_path: Path) -> None:
+    _, pruning, trainer = fit(tmp_path, 1)
+    assert pruning.pruner is not None
+    pruning.pruner.freeze()
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    masks = pruning.pruner.export_masks()
+    _, resumed, _ = fit(tmp_path, 3, tmp_path / "one.ckpt")
+    assert resumed.pruner is not None
+    assert resumed.pruner.frozen
+    for name, mask in resumed.pruner.masks().items():
+        assert torch.equal(mask, masks[name]), name
+
+
+def test_lightning_tests_a_new_module_from_a_checkpoint(tmp_path: Path) -> None:
+    module, _, trainer = fit(tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    expected = trainer.test(module, loader(), verbose=False)
+    new, pruning = Module(), FilterPruning(0.5, network="net", every=EVERY)
+    assert lightning_trainer(tmp_path, pruning).test(new, loader(), tmp_path / "one.ckpt", verbose=False) == expected
+    assert pruning.pruner is None  # nothing trains
+    assert not all(conv.mask.all() for conv in new.modules() if isinstance(conv, MaskedConv2d))
+
+
+def test_lightning_tests_a_pruned_module_as_it_is(tmp_path: Path) -> None:
+    module, _, trainer = fit(tmp_path, 1)
+    expected = trainer.test(module, loader(), verbose=False)
+    another = lightning_trainer(tmp_path, FilterPruning(0.5, network="net", every=EVERY))
+    assert another.test(module, loader(), verbose=False) == expected
+
+
+def test_lightning_converts_each_module_that_it_fits(tmp_path: Path) -> None:
+    first, pruning, _ = fit(tmp_path, 1)
+    second = Module()
+    lightning_trainer(tmp_path, pruning, max_epochs=1).fit(second, loader())
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+def test_lightning_checkpoint_loads_without_a_trainer(tmp_path: Path) -> None:
+    module, _, trainer = fit(tmp_path, 1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    new = Module()
+    mask_convolutions(new.net)
+    new.load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
+    images = batches()[0]
+    assert torch.equal(new.eval().net(images), module.eval().net(images))
 
 
 # ---- Transformers ----
@@ -121,16 +185,20 @@ class Images(Dataset[dict[str, Tensor]]):
 
 
 def train(
-    folder: Path, epochs: int, resume: str | None = None, **options: Any
+    folder: Path, epochs: int, resume: Path | None = None, *callbacks: TrainerCallback, freeze: bool = False, **own: Any
 ) -> tuple[Classifier, FilterPruner, Trainer]:
     model = Classifier()
     pruning = TransformersFilterPruning(model, 0.5, every=EVERY)
-    arguments = TrainingArguments(
-        str(folder), num_train_epochs=epochs, per_device_train_batch_size=4, use_cpu=True, report_to=[],
-        save_strategy="epoch", disable_tqdm=True, learning_rate=0.01, lr_scheduler_type="constant", **options,
-    )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=Images(), callbacks=[pruning])
-    trainer.train(resume_from_checkpoint=resume)
+    if freeze:
+        pruning.pruner.update()
+        pruning.pruner.freeze()
+    settings = {
+        "num_train_epochs": epochs, "per_device_train_batch_size": 4, "use_cpu": True, "report_to": [],
+        "save_strategy": "epoch", "disable_tqdm": True, "learning_rate": 0.01, "lr_scheduler_type": "constant", **own,
+    }  # fmt: skip
+    arguments = TrainingArguments(str(folder), **settings)
+    trainer = Trainer(model, arguments, train_dataset=Images(), eval_dataset=Images(), callbacks=[*callbacks, pruning])
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return model, pruning.pruner, trainer
 
 
@@ -139,21 +207,54 @@ def test_transformers_counts_steps_of_the_optimizer(tmp_path: Path, counted: lis
     assert trainer.state.global_step == 6
     assert pruner.steps == 6
     assert counted == [2, 5]
-    recorded = [entry["sparsity"] for entry in trainer.state.log_history if "sparsity" in entry]
-    assert len(recorded) == 2
-    assert recorded[-1] == pruner.sparsity() > 0
 
 
-def test_transformers_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+def test_transformers_logs_the_sparsity(tmp_path: Path) -> None:
+    _, pruner, trainer = train(tmp_path, 1, logging_steps=2)
+    recorded = {entry["step"]: entry["sparsity"] for entry in trainer.state.log_history}
+    assert list(recorded) == [2, 4, 6]
+    assert recorded[2] > 0  # the first masks are made before iteration 2
+    assert recorded[6] == pruner.sparsity() > 0
+    assert trainer.evaluate()["sparsity"] == pruner.sparsity()
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_transformers_goes_on_from_a_checkpoint(tmp_path: Path, restore: bool) -> None:
     whole, _, _ = train(tmp_path / "whole", 3)
     train(tmp_path / "parts", 1)
-    resumed, pruner, _ = train(tmp_path / "parts", 3, str(tmp_path / "parts" / "checkpoint-6"))
+    checkpoint = tmp_path / "parts" / "checkpoint-6"
+    resumed, pruner, _ = train(tmp_path / "parts", 3, checkpoint, restore_callback_states_from_checkpoint=restore)
     assert pruner.steps == 18
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, msg=name)
 
 
+def test_transformers_keeps_masks_frozen(tmp_path: Path) -> None:
+    _, first, _ = train(tmp_path, 1, freeze=True)
+    _, resumed, _ = train(tmp_path, 3, tmp_path / "checkpoint-6")
+    assert resumed.frozen
+    for name, mask in resumed.masks().items():
+        assert torch.equal(mask, first.masks()[name]), name
+
+
 # ---- both ----
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_same_masks(tmp_path: Path) -> None:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", DDP, tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run"')]
+    for name in ("with_lightning", "with_transformers"):
+        first, second = (line for line in lines if line["run"] == name)
+        assert first["processes"] == 2
+        assert first["steps"] == 6  # 24 images, 4 in each of 2 processes, twice
+        assert first["masks"] == second["masks"]
+        assert 0 < sum(first["masks"]) < len(first["masks"])
+        assert "process 1 differs from process 0" in first["said"]
+        assert first["said"] == second["said"]
 
 
 @pytest.mark.parametrize("library", ["lightning", "transformers"])
