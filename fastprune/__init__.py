@@ -1,6 +1,6 @@
 """fastprune: dynamic filter pruning with decorrelation regularisation."""
 
-from . import distributed, ops, optim
+from . import distributed, metapruning, ops, optim
 from .accelerate import accelerate
 from .compact import compact
 from .cost import cost
@@ -24,6 +24,7 @@ __all__ = [
     "cost",
     "distributed",
     "load",
+    "metapruning",
     "ops",
     "optim",
     "save",

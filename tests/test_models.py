@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastprune import models
+from fastprune import FilterPruner, models
+from fastprune.metapruning import describe
 from fastprune.models.resnet import cifar_resnet
 
 CIFAR = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
@@ -161,6 +162,101 @@ def test_wrong_arguments_name_the_choices() -> None:
 
 def test_names_all_build() -> None:
     larger = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-    assert CIFAR + larger == models.NAMES
+    assert (*CIFAR, *larger, "mobilenet_v1", "mobilenet_v2") == models.NAMES
     for name in models.NAMES:
         assert sizes(name)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # Howard et al., table 4; Sandler et al., table 4, whose 1.4 has wider ends: 6.9 M
+    [("mobilenet_v1", 4.2), ("mobilenet_v2", 5.3)],
+)
+def test_mobilenets_have_their_sizes(name: str, millions: float) -> None:
+    assert round(sizes(name, num_classes=1000, stem="imagenet")[0] / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(("name", "sides"), [("mobilenet_v1", (2, 7)), ("mobilenet_v2", (4, 7))])
+def test_mobilenets_have_the_strides_of_their_stem(name: str, sides: tuple[int, int]) -> None:
+    seen: list[int] = []
+    for stem, pixels in (("cifar", 32), ("imagenet", 224)):
+        with torch.device("meta"):
+            model: Any = models.create(name, stem=stem)  # type: ignore[arg-type]
+            model.avgpool.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+            assert model(torch.zeros(1, 3, pixels, pixels)).shape == (1, 10)
+    assert seen == list(sides)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_gradient_reaches_every_parameter_of_a_mobilenet(name: str) -> None:
+    torch.manual_seed(0)
+    narrow = models.create(name, encoding=[5] * len(describe(name).genes))
+    loss = nn.functional.cross_entropy(narrow(torch.randn(8, 3, 32, 32)), torch.arange(8))
+    loss.backward()
+    for key, parameter in narrow.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+
+
+def test_inverted_residuals_add_their_input_only_within_a_stage() -> None:
+    shortcuts = [block.shortcut for block in describe("mobilenet_v2").blocks]
+    # Stages of 1, 2, 3, 4, 3, 3 and 1 blocks between the stem and the last convolution.
+    starts = {1, 2, 4, 7, 11, 14, 17}
+    assert [i for i, shortcut in enumerate(shortcuts) if shortcut == "identity"] == [
+        i for i in range(1, 18) if i not in starts
+    ]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+def test_the_widest_encoding_is_the_network_itself(name: str) -> None:
+    torch.manual_seed(0)
+    plain = models.create(name).state_dict()
+    torch.manual_seed(0)
+    widest = models.create(name, encoding=[30] * len(describe(name).genes)).state_dict()
+    assert list(plain) == list(widest)
+    assert all(torch.equal(plain[key], widest[key]) for key in plain)
+
+
+def test_the_widest_resnet50_has_the_tensors_of_torchvisions() -> None:
+    for stem in ("cifar", "imagenet"):
+        with torch.device("meta"):
+            plain = models.create("resnet50", stem=stem).state_dict()  # type: ignore[arg-type]
+            widest = models.create("resnet50", stem=stem, encoding=[30] * 20).state_dict()  # type: ignore[arg-type]
+        assert [(key, value.shape) for key, value in plain.items()] == [
+            (key, value.shape) for key, value in widest.items()
+        ]
+
+
+def test_an_encoding_may_stand_behind_the_name() -> None:
+    encoding = [15, 3, 30, 0, 8, 8, 8, 8, 8, 8, 8, 12]
+    name = "resnet20@15-3-30-0-8-8-8-8-8-8-8-12"
+    assert name in models.NAMES
+    torch.manual_seed(0)
+    by_name = models.create(name, num_classes=3)
+    torch.manual_seed(0)
+    by_argument = models.create("resnet20", num_classes=3, encoding=encoding)
+    assert [p.shape for p in by_name.parameters()] == [p.shape for p in by_argument.parameters()]
+    assert by_name(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    convolution: Any = by_name.get_submodule("layer1.0.conv1")
+    assert (convolution.in_channels, convolution.out_channels) == (int(16 * 0.55), int(16 * 0.10))
+
+
+def test_wrong_encodings_say_what_is_wrong() -> None:
+    assert "resnet20@1-2-x" not in models.NAMES
+    assert "resnet18@1" not in models.NAMES
+    with pytest.raises(ValueError, match="resnet20 has 12 genes, got 2"):
+        models.create("resnet20@1-2")
+    with pytest.raises(ValueError, match=r"no encodings of 'resnet18': choose one of resnet20"):
+        models.create("resnet18@1-2")
+    with pytest.raises(ValueError, match="genes from 0 to 30"):
+        models.create("resnet20@1-31")
+    with pytest.raises(ValueError, match="another one was given"):
+        models.create("resnet20@1-2", encoding=[1])
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_filters_of_mobilenets_can_be_pruned(name: str) -> None:
+    model = models.create(name, encoding=[5] * len(describe(name).genes))
+    pruner = FilterPruner(model, rate=0.5, every=1)
+    filters = sum(conv.out_channels for conv in convs(model))
+    assert 0.45 * filters < sum(pruner.kept().values()) < 0.55 * filters
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
