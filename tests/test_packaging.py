@@ -21,6 +21,7 @@ import fastprune
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile", "csrc", "fastprune", "kernels")
+COMMANDS = ("export", "info", "report", "search", "train")
 
 
 def run_setup(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def test_the_commands_exist() -> None:
     scripts = [
         script for script in metadata.distribution("fastprune").entry_points if script.group == "console_scripts"
     ]
-    assert sorted(script.name for script in scripts) == ["fastprune-info", "fastprune-train"]
+    assert sorted(script.name for script in scripts) == [f"fastprune-{name}" for name in COMMANDS]
     assert all(callable(script.load()) for script in scripts)
 
 
