@@ -23,7 +23,7 @@ def accelerate(
 
     Args:
         model: edited in place. Parameters keep their identity, so optimizers made before stay valid: ``weight_orig``
-            becomes ``weight``. Masks stay as they are; a pruner made afterwards may change them.
+            becomes ``weight``. Masks stay as they are; a pruner made afterwards starts with nothing pruned.
         mask_name: the buffer beside ``weight`` in which ``classes`` keep their mask, of the weight's shape or ``[F]``.
         classes: convolutions with a forward of their own, which is given up.
 

@@ -44,27 +44,40 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _masked(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor]:
-    """The masked weights of convolutions that are masked alike, all by filter (one op) or all by weight."""
-    first = convolutions[0]
-    weights: list[Tensor] = [conv.weight for conv in convolutions]
-    if first.mask.dim() == 1:
-        mask = torch.cat([conv.mask for conv in convolutions]) if len(convolutions) > 1 else first.mask
-        feedback = None
-        if first.feedback is not None:
-            # A model moved by .half() takes its float buffers along.
-            feedback = torch.cat([conv.feedback for conv in convolutions if conv.feedback is not None]).float()
+    """The masked weights of convolutions: by one op where all are masked by filter, else one by one."""
+    if all(conv.mask.dim() == 1 for conv in convolutions):
+        weights: list[Tensor] = [conv.weight for conv in convolutions]
+        mask = torch.cat([conv.mask for conv in convolutions]) if len(convolutions) > 1 else convolutions[0].mask
+        feedback = _joint_feedback(convolutions)
         written = _written_for(convolutions, dtype)
         if written:
             return ops.written_masked_weights(weights, written, mask, feedback)
         return ops.masked_weights(weights, mask, dtype, feedback)
     masked = []
     for conv in convolutions:
-        weight = conv.weight
-        dropped = torch.where(conv.mask, 0, weight)
+        weight, mask = conv.weight, _beside_weights(conv.mask)
+        dropped = torch.where(mask, 0, weight)
         # What is dropped is dropped in value only; its gradient is let through by the share `feedback`.
-        gate = dropped.detach() if conv.feedback is None else _scale_gradient(dropped, conv.feedback)
-        masked.append((weight - gate).to(dtype))
+        if conv.feedback is None:
+            kept = weight - dropped.detach()
+        else:
+            through = dropped - dropped.detach()  # 0, with a gradient
+            kept = torch.where(mask, weight, 0) + through * _beside_weights(conv.feedback).to(weight.dtype)
+        masked.append(kept.to(dtype))
     return masked
+
+
+def _beside_weights(vector: Tensor) -> Tensor:
+    """``[F]`` as ``[F, 1, 1, 1]``; anything else as it is."""
+    return vector.view(-1, 1, 1, 1) if vector.dim() == 1 else vector
+
+
+def _joint_feedback(convolutions: list[MaskedConv2d]) -> Tensor | None:
+    """``[N]`` float32 of convolutions masked by filter, 1 where one has None; None if all have."""
+    if all(conv.feedback is None for conv in convolutions):
+        return None
+    parts = [torch.ones_like(x.mask, dtype=torch.float32) if x.feedback is None else x.feedback for x in convolutions]
+    return torch.cat(parts).float()  # a model moved by .half() takes its float buffers along
 
 
 # By convolution, what an optimizer wrote for its next forward, and the state of the weight and mask it was made of.
@@ -100,12 +113,6 @@ def _written_for(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[T
             return []
         found.append(tensor)
     return found
-
-
-def _scale_gradient(dropped: Tensor, feedback: Tensor) -> Tensor:
-    """``dropped``, subtracted from the weight, leaves the share ``feedback`` of the gradient."""
-    keep = (1 - feedback).to(dropped.dtype)
-    return dropped * keep + (dropped * (1 - keep)).detach()
 
 
 def _share_masked_weights(model: nn.Module, _: Any) -> None:
@@ -153,7 +160,8 @@ def mask_convolutions(
 
     Raises:
         ValueError: if there is no convolution, or if an entry of ``ignore`` or ``include`` names nothing.
-        TypeError: if a convolution is of a subclass of ``Conv2d``, whose own forward would be lost.
+        TypeError: if a convolution is of a subclass of ``Conv2d``, whose own forward would be lost, or if a hook makes
+            its weight, as those of :mod:`torch.nn.utils.prune` do. Nothing is changed then.
     """
     names = dict(model.named_modules())
     ignore, include = list(ignore), None if include is None else list(include)
@@ -161,17 +169,17 @@ def mask_convolutions(
         for entry in entries:
             if (entry not in names) if isinstance(entry, str) else (entry not in names.values()):
                 raise ValueError(f"{argument}: {entry!r} is no module of this model")
+    convolutions = {
+        name: module
+        for name, module in names.items()
+        if isinstance(module, nn.Conv2d)
+        and not is_listed(name, module, ignore)
+        and (include is None or is_listed(name, module, include))
+    }
+    for name, module in convolutions.items():
+        _check_maskable(name, module)
     found: dict[str, MaskedConv2d] = {}
-    for name, module in names.items():
-        if not isinstance(module, nn.Conv2d) or is_listed(name, module, ignore):
-            continue
-        if include is not None and not is_listed(name, module, include):
-            continue
-        if type(module) not in (nn.Conv2d, MaskedConv2d):
-            raise TypeError(
-                f"{name} is a {type(module).__name__}, a Conv2d with a forward of its own, which masking would "
-                f"replace; list it in ignore"
-            )
+    for name, module in convolutions.items():
         module.__class__ = MaskedConv2d
         assert isinstance(module, MaskedConv2d)
         shape = module.weight.shape if by_weight else module.weight.shape[:1]
@@ -184,6 +192,19 @@ def mask_convolutions(
         model.register_forward_pre_hook(_share_masked_weights)
         model.register_forward_hook(_forget_masked_weights, always_call=True)
     return found
+
+
+def _check_maskable(name: str, module: nn.Conv2d) -> None:
+    if type(module) not in (nn.Conv2d, MaskedConv2d):
+        raise TypeError(
+            f"{name} is a {type(module).__name__}, a Conv2d with a forward of its own, which masking would "
+            f"replace; list it in ignore"
+        )
+    if "weight" not in module._parameters:
+        raise TypeError(
+            f"the weight of {name or 'the model'} is no parameter but made of others by a hook, after masking would "
+            f"have read it: fastprune.accelerate converts what torch.nn.utils.prune has masked; list others in ignore"
+        )
 
 
 class _Tracer(fx.Tracer):

@@ -12,10 +12,10 @@ from . import ops
 from .importance import ORDS, Importance
 from .nn import MaskedConv2d, following_batchnorms, mask_convolutions
 from .pruning_report import LayerReport, PruningReport
+from .pruning_schedule import Ramp, check_schedule, is_due, ramp_length, risen
 from .selection import Scope, Selection
 
 Feedback = Literal["straight-through", "normalized", "none"]
-Ramp = Literal["constant", "linear", "cubic"]
 
 
 class Pruner:
@@ -40,11 +40,6 @@ class Pruner:
         period: int | None,
         update_now: bool = True,
     ) -> None:
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate must be in [0, 1), got {rate}")
-        for name, value in (("every", every), ("steps_per_epoch", period)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         self.model, self.layers = model, layers
         self.rate, self.every, self.until, self.steps_per_epoch = rate, every, until, period
         self.steps = 0
@@ -70,8 +65,7 @@ class Pruner:
     def _update_if_due(self) -> bool:
         if self.frozen:
             return False
-        iteration = self.steps % self.steps_per_epoch if self.steps_per_epoch else self.steps
-        due = (iteration + 1) % self.every == 0
+        due = is_due(self.steps, self.every, self.steps_per_epoch)
         if due:
             self.update()
         return due
@@ -88,10 +82,7 @@ class Pruner:
     @property
     def current_rate(self) -> float:
         """The rate of an update now: ``rate``, or what its schedule has it at."""
-        if self.schedule == "constant" or self.steps >= self.ramp_steps:
-            return self.rate
-        left = 1 - self.steps / self.ramp_steps
-        return self.rate * (1 - left ** (3 if self.schedule == "cubic" else 1))
+        return self.rate * risen(self.schedule, self.steps, self.ramp_steps)
 
     def update(self) -> None:
         """Recompute the masks now, whatever the schedule says."""
@@ -205,10 +196,13 @@ class FilterPruner(Pruner):
         round_to: kept filters of each layer come in multiples of it, rounded up.
         schedule: how the rate gets to ``rate`` within ``ramp_steps`` iterations: ``constant`` (at once), ``linear``, or
             ``cubic``, ``rate · (1 − (1 − t/T)³)`` (Zhu and Gupta, 2017).
-        ramp_steps: ``T``; None: ``until``.
+        ramp_steps: ``T``; None: so many that the last update before ``until`` has the whole rate.
 
     Raises:
-        ValueError, TypeError: for arguments out of range and models that cannot be converted.
+        ValueError, TypeError: for arguments out of range and models that cannot be converted. Nothing is changed then.
+
+    Copies of the model have its masks: by ``deepcopy``, and kept up to date by ``torch.optim.swa_utils.AveragedModel``,
+    but not with ``use_buffers=True``, which averages masks too.
 
     Source:
         Lin et al., "Dynamic Model Pruning with Feedback", ICLR 2020; Jo and Bae, dynamic filter pruning, KIBME 2020.
@@ -235,14 +229,11 @@ class FilterPruner(Pruner):
         importances.check_importance(importance)
         if feedback not in ("straight-through", "normalized", "none"):
             raise ValueError(f"feedback must be straight-through, normalized or none, got {feedback!r}")
-        if schedule not in ("constant", "linear", "cubic"):
-            raise ValueError(f"schedule must be constant, linear or cubic, got {schedule!r}")
-        ramp = until if ramp_steps is None else ramp_steps
-        if schedule != "constant" and (ramp is None or ramp < 1):
-            raise ValueError(f"schedule {schedule!r} needs ramp_steps of at least 1 (or until), got {ramp}")
-        Selection((), scope, min_kept, round_to)  # before the model is changed
+        # All is checked before the model is changed.
+        check_schedule(rate, every, until, steps_per_epoch)
+        Selection((), scope, min_kept, round_to)
         self.importance, self.feedback = importance, feedback
-        self.schedule, self.ramp_steps = schedule, ramp or 0
+        self.schedule, self.ramp_steps = schedule, ramp_length(schedule, ramp_steps, every, until, steps_per_epoch)
         norms = following_batchnorms(model) if feedback == "normalized" else {}
         layers = mask_convolutions(model, ignore, include=include)
         for name, layer in layers.items():
@@ -250,7 +241,7 @@ class FilterPruner(Pruner):
                 scale = (norms[name].eps ** 0.5 if name in norms else 1.0) if feedback == "normalized" else 0.0
                 layer.feedback = torch.full_like(layer.mask, scale, dtype=torch.float32)
         self.selection = Selection(tuple(len(layer.mask) for layer in layers.values()), scope, min_kept, round_to)
-        # All masks in one vector, for the op; the layers' own are written from it.
+        # All masks in one vector, for the op; the layers' own are written from it, and change otherwise too.
         self._mask = torch.cat([layer.mask for layer in layers.values()])
         self._taken: tuple[Tensor, list[tuple[int, ...]]] | None = None
         self._above: Tensor | None = None  # the threshold's part of the last update, for the report
@@ -282,8 +273,7 @@ class FilterPruner(Pruner):
     @torch.no_grad()
     def _update(self) -> None:
         masks, rate = list(self.masks().values()), self.current_rate
-        if self._mask.device != masks[0].device:  # the model was moved
-            self._mask = torch.cat(masks)
+        self._mask = torch.cat(masks)  # they may have been moved, set or loaded
         if rate == 0 and self.schedule != "constant":  # the ramp's beginning; rate 0 itself prunes the least filter
             self._above = self._mask.fill_(True)
         elif not self._update_from_norms(rate):
@@ -315,9 +305,11 @@ class FilterPruner(Pruner):
         self._mask.copy_(mask)
 
     def _why(self, name: str, kept: int) -> str:
-        if self._above is None:
+        mask, layer = self.layers[name].mask, list(self.layers).index(name)
+        written = self._mask.split(self.selection.filters)[layer].to(mask.device)
+        if self._above is None or not torch.equal(written, mask):
             return "as set, loaded or new"
-        above = self._above.split([len(mask) for mask in self.masks().values()])[list(self.layers).index(name)]
+        above = self._above.split(self.selection.filters)[layer]
         count = int(above.sum())
         why = f"{count} above the {self.selection.scope} threshold"
         if kept > count:
@@ -356,6 +348,7 @@ class WeightPruner(Pruner):
             raise ValueError(f"importance must be l1, l2, grad or taylor, got {importance!r}")
         if feedback not in ("straight-through", "none"):
             raise ValueError(f"feedback must be straight-through or none for single weights, got {feedback!r}")
+        check_schedule(rate, every, until, steps_per_epoch)
         self.importance, self.feedback = importance, feedback
         layers = mask_convolutions(model, ignore, by_weight=True)
         if feedback == "none":

@@ -76,6 +76,38 @@ def test_optimizers_stay_valid_and_pruners_go_on() -> None:
     assert FilterPruner(model, 0.5, every=1).kept()["0"] > 0
 
 
+@pytest.mark.parametrize("order", [0, 1])
+def test_pruned_again_and_again_and_of_both_kinds(order: int) -> None:
+    model = pruned(structured=True)
+    layers = [model[0], model[3]][:: 1 if order == 0 else -1]
+    prune.l1_unstructured(layers[0], "weight", 0.3)  # torch keeps a list of two masks' makers
+    output, gradients = outcome(model)
+    assert all(layer.mask.dim() == 4 for layer in accelerate(model).values())
+    assert not model[0]._forward_pre_hooks
+    after, after_gradients = outcome(model)
+    torch.testing.assert_close(after, output)
+    for gradient, before in zip(after_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, before)
+
+
+@pytest.mark.parametrize("structured", [True, False])
+@pytest.mark.parametrize("index", [0, 3])
+def test_beside_layers_that_are_masked_already(structured: bool, index: int) -> None:
+    model = network()
+    outcome(model)
+    FilterPruner(model, 0.5, every=1, include=[model[3 - index]], feedback="straight-through")
+    if structured:
+        prune.ln_structured(model[index], "weight", 0.5, n=1, dim=0)
+    else:
+        prune.l1_unstructured(model[index], "weight", 0.5)
+    output, gradients = outcome(model)
+    assert list(accelerate(model)) == [str(index)]
+    after, after_gradients = outcome(model)
+    torch.testing.assert_close(after, output)
+    for gradient, before in zip(after_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, before)
+
+
 class OwnConv2d(nn.Conv2d):
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]

@@ -1,11 +1,13 @@
 """MaskedConv2d: what it computes, what it keeps of Conv2d, and that a model masks all of them in one op."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune
 
 from fastprune import FilterPruner, MaskedConv2d, WeightPruner, models
 from fastprune.nn import mask_convolutions
@@ -207,3 +209,73 @@ def test_ignore_takes_names_prefixes_and_modules() -> None:
     assert "conv1" not in layers
     assert not any(name.startswith("layer1.") for name in layers)
     assert len(layers) == 21 - 1 - 6
+
+
+@pytest.mark.parametrize("first_by_weight", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_that_are_masked_unlike_each_other(first_by_weight: bool, compiled: bool) -> None:
+    torch._dynamo.reset()
+    model, images = small_model(), torch.randn(4, 3, 9, 9)
+    names = ["0", "3"]
+    by_weight, by_filter = names if first_by_weight else reversed(names)
+    mask_convolutions(model, by_weight=True, include=[by_weight])
+    mask_convolutions(model, include=[by_filter])
+    set_masks(model)
+    conv = model.get_submodule(by_filter)
+    conv.feedback = torch.full((len(conv.mask),), 0.25)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in names:
+            copied.get_submodule(name).weight *= expanded(model.get_submodule(name))
+            copied.get_submodule(name).mask.fill_(True)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+    out, expected = run(images), copied(images)
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    torch.testing.assert_close(model.get_submodule(by_weight).weight.grad, copied.get_submodule(by_weight).weight.grad)
+    scale = torch.where(expanded(conv), 1, 0.25)
+    torch.testing.assert_close(conv.weight.grad, copied.get_submodule(by_filter).weight.grad * scale)
+
+
+@pytest.mark.parametrize("without", ["0", "3"])
+def test_feedback_of_some_layers_alone(without: str) -> None:
+    model, images = small_model(), torch.randn(4, 3, 9, 9)
+    layers = mask_convolutions(model)
+    for layer in layers.values():
+        layer.mask[:4] = False
+    nn.init.ones_(model[1].bias)  # a pruned filter's output, 0, would be on the edge of the ReLU
+    (other,) = (layer for name, layer in layers.items() if name != without)
+    other.feedback = torch.zeros(len(other.mask))
+    model(images).square().sum().backward()
+    assert other.weight.grad[:4].eq(0).all()
+    assert layers[without].weight.grad[:4].ne(0).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pruned_weights_are_exactly_zero_whatever_the_feedback(dtype: torch.dtype) -> None:
+    conv = nn.Sequential(nn.Conv2d(2, 64, 3, bias=False)).to(dtype)
+    layer = mask_convolutions(conv, by_weight=True)["0"]
+    layer.mask.fill_(False)
+    layer.feedback = torch.tensor(1e-5**0.5)
+    out = conv(torch.randn(2, 2, 5, 5, dtype=dtype))
+    assert out.eq(0).all()
+    out.sum().backward()
+    assert layer.weight.grad.ne(0).any()
+
+
+@pytest.mark.parametrize(
+    "reparametrise",
+    [
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+        nn.utils.spectral_norm,
+    ],
+    ids=["prune", "spectral_norm"],
+)
+def test_weights_that_a_hook_makes_are_not_taken(reparametrise: Callable[[nn.Module], object]) -> None:
+    model = small_model()
+    reparametrise(model[3])
+    with pytest.raises(TypeError, match=r"the weight of 3 is no parameter .* fastprune\.accelerate"):
+        FilterPruner(model, 0.5)
+    assert type(model[0]) is nn.Conv2d, "nothing is changed"
+    assert list(FilterPruner(model, 0.5, ignore=["3"]).layers) == ["0"]

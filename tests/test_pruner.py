@@ -1,11 +1,19 @@
 """FilterPruner and WeightPruner: the rule, the schedule, and the gradient that pruned filters get."""
 
+import copy
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastprune import FilterPruner, WeightPruner, models
+from fastprune import FilterPruner, MaskedConv2d, WeightPruner, importance, models, ops
+from fastprune.optim import PrunedSGD
 from fastprune.pruner import following_batchnorms
 
 
@@ -235,14 +243,17 @@ def test_weight_pruner_needs_gradients_for_taylor() -> None:
         ({"rate": -0.1}, "rate must be in"),
         ({"rate": 0.5, "every": 0}, "every must be at least 1"),
         ({"rate": 0.5, "steps_per_epoch": 0}, "steps_per_epoch must be at least 1"),
+        ({"rate": 0.5, "until": -1}, "until must be at least 0"),
         ({"rate": 0.5, "importance": "l3"}, "importance must be"),
         ({"rate": 0.5, "feedback": "yes"}, "feedback must be"),
     ],
 )
 def test_bad_arguments(arguments: dict, match: str) -> None:
     for kind in (FilterPruner, WeightPruner):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3))
         with pytest.raises(ValueError, match=match):
-            kind(nn.Sequential(nn.Conv2d(3, 8, 3)), **arguments)
+            kind(model, **arguments)
+        assert type(model[0]) is nn.Conv2d, "nothing is changed"
 
 
 # ------------------------------------------------------------------------------------- schedules, masks, report
@@ -262,12 +273,38 @@ def test_the_rate_rises(schedule: str, power: int) -> None:
 
 
 def test_a_ramp_ends_with_the_masks_if_not_told_otherwise() -> None:
-    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=1, until=10, schedule="linear")
+    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=1, until=11, schedule="linear")
     for _ in range(5):
         pruner.step()
     assert pruner.current_rate == 0.25
     with pytest.raises(ValueError, match="schedule 'cubic' needs ramp_steps of at least 1"):
         FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, schedule="cubic")
+
+
+@given(
+    every=st.integers(1, 7),
+    until=st.integers(9, 60),
+    epoch=st.none() | st.integers(7, 20),
+    schedule=st.sampled_from(["linear", "cubic"]),
+)
+def test_the_last_update_of_a_ramp_has_the_whole_rate(every: int, until: int, epoch: int | None, schedule: str) -> None:
+    arguments: dict[str, Any] = {"every": every, "until": until, "steps_per_epoch": epoch, "schedule": schedule}
+    rates = []
+    try:
+        pruner = FilterPruner(nn.Sequential(nn.Conv2d(1, 8, 1)), 0.5, **arguments)
+    except ValueError:  # there is no update to rise to
+        constant = FilterPruner(nn.Sequential(nn.Conv2d(1, 8, 1)), 0.5, **(arguments | {"schedule": "constant"}))
+        assert not any(constant.step() for _ in range(until))
+        return
+    while not pruner.frozen:
+        if pruner.step():
+            rates.append(pruner.current_rate)
+    assert rates[-1] == 0.5
+    assert rates == sorted(rates)
+    with pytest.raises(
+        ValueError, match=rf"ramp_steps must be at most \d+, got {until}: the last update before until="
+    ):
+        FilterPruner(nn.Sequential(nn.Conv2d(1, 8, 1)), 0.5, **arguments, ramp_steps=until)
 
 
 def network() -> nn.Sequential:
@@ -371,3 +408,105 @@ def test_a_model_that_is_masked_already_is_traced_again() -> None:
     FilterPruner(model, 0.5)
     again = FilterPruner(model, 0.5)
     assert all(layer.feedback is not None and bool((layer.feedback < 0.01).all()) for layer in again.layers.values())
+
+
+# ---------------------------------------------------------------------------------------- inside other people's loops
+
+
+class Reads(TorchDispatchMode):
+    """Notes the operations, and among them those that wait for a device to tell a value."""
+
+    WAIT = ("_local_scalar_dense", "is_nonzero", "nonzero", "equal", "item", "masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(function.name().split("::")[1].split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def waited(self) -> list[str]:
+        return [name for name in self.names if name in self.WAIT]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    *({"min_kept": 0}, {}, {"importance": "l2"}, {"scope": "layer"}),
+    *({"round_to": 4}, {"schedule": "cubic", "ramp_steps": 9}),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("norms_are_known", [False, True])
+def test_a_step_waits_for_nothing(options: dict[str, Any], norms_are_known: bool) -> None:
+    model = network()
+    pruner = FilterPruner(model, 0.5, every=1, **options)
+    optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=pruner if norms_are_known else None)
+    model(torch.randn(1, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    with Reads() as reads:
+        assert pruner.step()
+    assert reads.waited == []
+    measured = {name for name in reads.names if name in ("filter_norms", "update_filter_masks_")}
+    if norms_are_known:
+        assert not measured, "the optimizer has measured the filters"
+    else:
+        assert measured == {"update_filter_masks_" if options.get("min_kept") == 0 else "filter_norms"}
+    with Reads() as control:
+        pruner.sparsity()
+    assert control.waited, "the test sees what waits"
+
+
+@pytest.mark.parametrize("min_kept", [0, 1])
+def test_scores_that_are_not_finite_leave_masks_as_they_were_set(
+    min_kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruner = FilterPruner(network(), 0.5, every=1, min_kept=min_kept)
+    masks = {name: ~mask for name, mask in pruner.export_masks().items()}
+    pruner.set_masks(masks)
+    # As on a GPU, where no error is raised.
+    monkeypatch.setattr(importance, "scores", lambda weights, importance: torch.full((18,), torch.inf))
+    monkeypatch.setattr(ops, "update_filter_masks_", lambda weights, rate, mask, ord: mask)
+    pruner.update()
+    assert all(map(torch.equal, pruner.masks().values(), masks.values()))
+
+
+def test_averaged_models_have_the_masks() -> None:
+    model, images = network(), torch.randn(2, 3, 8, 8)
+    pruner = FilterPruner(model, 0.5, every=1)
+    averaged = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    averaged.update_parameters(model)
+    first = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    randomise(model)
+    assert pruner.step()
+    averaged.update_parameters(model)
+    expected = network()
+    with torch.no_grad():
+        for name, weight in expected.named_parameters():
+            weight.copy_((first[name] + model.get_parameter(name)) / 2)
+        for name, mask in pruner.masks().items():
+            expected.get_parameter(f"{name}.weight")[~mask] = 0
+    torch.testing.assert_close(averaged(images), expected(images))
+
+
+def test_a_copied_pruner_prunes_the_copied_model() -> None:
+    pruner = FilterPruner(network(), 0.5, every=1)
+    twin, before = copy.deepcopy(pruner), pruner.export_masks()
+    randomise(twin.model)
+    assert twin.step()
+    assert all(map(torch.equal, pruner.masks().values(), before.values()))
+    weights = [layer.weight for layer in twin.model.modules() if isinstance(layer, MaskedConv2d)]
+    expected = torch.from_numpy(rule(weights, 0.5))
+    assert not torch.equal(torch.cat(list(before.values())), expected)
+    assert (torch.from_numpy(masks_of(twin)) | ~expected).all(), "and what min_kept adds"
+    assert all(twin.layers[name] is twin.model.get_submodule(name) for name in twin.layers)
+
+
+def test_report_tells_masks_that_were_loaded() -> None:
+    first, second = FilterPruner(network(), 0.5, every=1), FilterPruner(network(), 0.9, every=1)
+    second.model.load_state_dict(first.model.state_dict())
+    changed = [name for name, mask in first.masks().items() if mask.sum() > 1]  # at rate 0.9 few keep more
+    whys = {layer.name: layer.why for layer in second.report().layers}
+    assert changed
+    assert all(whys[name] == "as set, loaded or new" for name in changed)
