@@ -60,7 +60,15 @@ def make_pruner(config: Config, model: nn.Module, steps_per_epoch: int) -> Prune
     }
     if config.prune_type == "unstructured":
         return WeightPruner(model, **common)
-    return FilterPruner(model, **common, scope=config.prune_scope, min_kept=config.min_kept, round_to=config.round_to)
+    example = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)  # of any size
+    return FilterPruner(
+        model,
+        **common,
+        scope=config.prune_scope,
+        min_kept=config.min_kept,
+        round_to=config.round_to,
+        couple=example if config.couple else None,
+    )
 
 
 class Network:
@@ -72,16 +80,25 @@ class Network:
         optimizer: of all parameters.
         forward, test_forward: the model as it is called to train, compiled if so configured, its gradients averaged
             over the processes; and as it is called to test.
+        compacted: if the model is a small one, what it takes to make it again, see :mod:`fastprune.compaction`.
 
     Args:
         config: of the run.
         model: on its device. Edited in place.
         pruner: of ``model``.
+        several: False for a network of this process alone.
     """
 
-    def __init__(self, config: Config, model: nn.Module, pruner: Pruner | None) -> None:
-        self.config, self.pruner = config, pruner
-        several = distributed.size() > 1
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        pruner: Pruner | None,
+        compacted: dict[str, Any] | None = None,
+        several: bool | None = None,
+    ) -> None:
+        self.config, self.pruner, self.compacted = config, pruner, compacted
+        several = distributed.size() > 1 if several is None else several
         self.model = synchronise_batchnorms(model) if several and config.sync_batchnorm else model
         self.decorrelation = None
         if config.decorrelation != "none":
@@ -123,7 +140,9 @@ class Network:
         return None if all(finite) else list(floats)[finite.index(False)]
 
     def figures(self) -> dict[str, Any]:
-        """What is kept of the convolutions, for an epoch's record."""
+        """What is kept of the convolutions, for an epoch's record; of a small network, when it was made."""
+        if self.compacted is not None:
+            return dict(self.compacted["figures"])
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, nn.Conv2d)}
         filters = {name: layer.out_channels for name, layer in layers.items()}
         kept = filters | (self.pruner.kept() if self.pruner is not None else {})
@@ -142,6 +161,7 @@ class Network:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict()["state"],
             "pruner": self.pruner.state_dict() if self.pruner is not None else None,
+            "compacted": self.compacted,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from . import importance as importances
 from . import ops
+from .coupling import Coupling, written_channels
 from .importance import ORDS, Importance
 from .nn import MaskedConv2d, following_batchnorms, mask_convolutions
 from .pruning_report import LayerReport, PruningReport
@@ -194,6 +195,9 @@ class FilterPruner(Pruner):
         min_kept: filters that every layer keeps, its most important ones. The global threshold alone prunes whole
             layers at high rates and the network with them; 0 is the rule as published.
         round_to: kept filters of each layer come in multiples of it, rounded up.
+        couple: an input of the model, for shapes. If given, filters whose outputs are added up (those of all writers of
+            a residual stream, channel by channel) have the mean of their scores, so that they stay or go together, and
+            a depthwise filter with the one it reads. Only so :func:`fastprune.compact` can make a stream narrower.
         schedule: how the rate gets to ``rate`` within ``ramp_steps`` iterations: ``constant`` (at once), ``linear``, or
             ``cubic``, ``rate · (1 − (1 − t/T)³)`` (Zhu and Gupta, 2017).
         ramp_steps: ``T``; None: so many that the last update before ``until`` has the whole rate.
@@ -223,6 +227,7 @@ class FilterPruner(Pruner):
         scope: Scope = "global",
         min_kept: int = 1,
         round_to: int = 1,
+        couple: Tensor | tuple[Any, ...] | None = None,
         schedule: Ramp = "constant",
         ramp_steps: int | None = None,
     ) -> None:
@@ -235,12 +240,15 @@ class FilterPruner(Pruner):
         self.importance, self.feedback = importance, feedback
         self.schedule, self.ramp_steps = schedule, ramp_length(schedule, ramp_steps, every, until, steps_per_epoch)
         norms = following_batchnorms(model) if feedback == "normalized" else {}
+        written = None if couple is None else written_channels(model, couple)
         layers = mask_convolutions(model, ignore, include=include)
+        filters = {name: len(layer.mask) for name, layer in layers.items()}
+        self.coupling = None if written is None else Coupling(filters, written)
         for name, layer in layers.items():
             if feedback != "straight-through":
                 scale = (norms[name].eps ** 0.5 if name in norms else 1.0) if feedback == "normalized" else 0.0
                 layer.feedback = torch.full_like(layer.mask, scale, dtype=torch.float32)
-        self.selection = Selection(tuple(len(layer.mask) for layer in layers.values()), scope, min_kept, round_to)
+        self.selection = Selection(tuple(filters.values()), scope, min_kept, round_to)
         # All masks in one vector, for the op; the layers' own are written from it, and change otherwise too.
         self._mask = torch.cat([layer.mask for layer in layers.values()])
         self._taken: tuple[Tensor, list[tuple[int, ...]]] | None = None
@@ -282,7 +290,7 @@ class FilterPruner(Pruner):
 
     def _update_from_weights(self, rate: float) -> None:
         weights = self._weights()
-        if self.ord is not None and self.selection.is_threshold:
+        if self.ord is not None and self.selection.is_threshold and self.coupling is None:
             self._above = ops.update_filter_masks_(list(weights.values()), rate, self._mask, self.ord)
         else:
             self._select(importances.scores(weights, self.importance), rate)
@@ -298,6 +306,8 @@ class FilterPruner(Pruner):
         return True
 
     def _select(self, scores: Tensor, rate: float) -> None:
+        if self.coupling is not None:
+            scores = self.coupling.together(scores)
         above = self.selection.by_threshold(scores, rate)
         # Where scores are not finite on a GPU, which nobody waits to see, the mask stays as it was.
         mask = torch.where(scores.isfinite().all(), self.selection.bring_back(scores, above), self._mask)
@@ -311,7 +321,8 @@ class FilterPruner(Pruner):
             return "as set, loaded or new"
         above = self._above.split(self.selection.filters)[layer]
         count = int(above.sum())
-        why = f"{count} above the {self.selection.scope} threshold"
+        coupled = ", scored with those they are added to" if self.coupling is not None else ""
+        why = f"{count} above the {self.selection.scope} threshold{coupled}"
         if kept > count:
             rules = {"min_kept": count < self.selection.min_kept, "round_to": self.selection.round_to > 1}
             reasons = [f"{rule} {getattr(self.selection, rule)}" for rule, counts in rules.items() if counts]

@@ -82,6 +82,12 @@ class Config:
     """One threshold over the filters of all layers, or one for each layer."""
     min_kept: int = 1
     """Filters that every layer keeps, whatever the threshold; 0 lets whole layers be pruned."""
+    couple: bool = False
+    """Keep or prune filters together whose outputs are added up: residual streams get narrower, and the small network
+    faster."""
+    compact_when_frozen: bool = False
+    """When the masks stay, train on without what is pruned: a small network, which computes the same when tested. Batch
+    norm and the regulariser no longer count what was pruned."""
     round_to: int = 1
     """Keep filters in multiples of this."""
     prune_every: int = 4
@@ -134,6 +140,13 @@ class Config:
         for name in ("prune_until", "label_smoothing"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{flag(name)} must be in [0, 1], got {getattr(self, name)}")
+        if self.couple and not (self.prunes and self.prune_type == "structured"):
+            raise ValueError("--couple is for filters: it needs --prune-type structured and a --prune-rate above 0")
+        if self.compact_when_frozen and not (self.prunes and self.prune_type == "structured"):
+            raise ValueError(
+                "--compact-when-frozen removes pruned filters: it needs --prune-type structured and a --prune-rate "
+                "above 0"
+            )
         if self.seed >= 2**31:
             raise ValueError(f"--seed must be below 2**31, got {self.seed}")
         if self.nesterov and self.momentum == 0:

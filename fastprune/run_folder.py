@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, network
+from . import checkpoint, compaction, network
 from .checkpoint import CheckpointError
 from .recipes import Config, read_config
 from .train import CHECKPOINT
@@ -24,14 +24,19 @@ class RunError(ValueError):
 
 
 def load_network(run: Path) -> tuple[Config, nn.Module]:
-    """Return a run's configuration, and its network as the checkpoint has it, masks too, in eval mode on the CPU.
+    """Return a run's configuration, and its network as the checkpoint has it, in eval mode on the CPU.
+
+    Masks are in it, or what is pruned has been removed already, see ``--compact-when-frozen``.
 
     Raises:
         RunError: for a folder that is none of a run, and a checkpoint that cannot be read or does not fit.
     """
     try:
         config = read_config(run)
-        state = checkpoint.load(run / CHECKPOINT)["model"]
+        stored = checkpoint.load(run / CHECKPOINT)
+        state = stored["model"]
+        if stored.get("compacted") is not None:
+            return config, compaction.restored(config, stored["compacted"], state, several=False).model.eval()
         model = network.make_model(config, _count_classes(config, state), torch.device("cpu"))
         network.make_pruner(config, model, steps_per_epoch=1)
         model.load_state_dict(state)

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from . import checkpoint, data, distributed, plots, report
+from . import checkpoint, data, distributed, network_file, plots, report
 from .data import ImageData
+from .outcome import format_small, small_figures
 from .recipes import Config, parse
 from .runlog import Progress, RunLog, duration, write_json
 from .trainer import Trainer, TrainingError
 
 CHECKPOINT = "checkpoint.safetensors"
+MODEL = "model.safetensors"
 
 
 class Interrupted(Exception):
@@ -83,18 +86,19 @@ def run(config: Config) -> dict[str, Any]:
             trainer = Trainer(config, images)
         except TrainingError as error:
             raise distributed.agreed(error) from error
-        described = describe(config, images, trainer.device)
+        described = describe(trainer)
         with distributed.together():
             records = resume(trainer, config.resume) if config.resume is not None else []
             log = RunLog(config.out, described, records)
-        parameters = sum(p.numel() for p in trainer.model.parameters())
         where = f"{trainer.device}" if distributed.size() == 1 else f"{distributed.size()} processes"
-        print(f"{config.model}: {parameters:,} parameters, {trainer.steps_per_epoch} steps an epoch, on {where}")
+        print(
+            f"{config.model}: {trainer.parameters():,} parameters, {trainer.steps_per_epoch} steps an epoch, on {where}"
+        )
         with stop_on_signals() as signals:
             train(trainer, log, signals)
         if trainer.step < config.epochs * trainer.steps_per_epoch:
             print(f"stopped after {trainer.step} steps; continue with --resume {config.out}")
-        return finish(described, log)
+        return finish(trainer, described, log)
 
 
 def load_data(config: Config) -> ImageData:
@@ -117,22 +121,38 @@ def load_data(config: Config) -> ImageData:
     return images
 
 
-def finish(described: dict[str, Any], log: RunLog) -> dict[str, Any]:
-    """Sum up the epochs of a run, in its folder too, and draw them."""
+def finish(trainer: Trainer, described: dict[str, Any], log: RunLog) -> dict[str, Any]:
+    """Sum up the epochs of a run, save its network without what is pruned, and draw them; all in its folder."""
     if not log.records:
         return {}
     summary = report.summary(described, log.records)
+    small = None
+    if trainer.step % trainer.steps_per_epoch == 0:  # else the last test was of another state
+        small = trainer.small()
+        summary["small"] = small_figures(trainer, small, log.records)
     with distributed.together():
         if distributed.is_first():
-            write_json(log.folder / "summary.json", summary, "a summary")
-            pictures = plots.plot_run(log.folder)
-            print(report.format_summary(summary))
-            print("plots: " + ", ".join(str(picture) for picture in pictures))
+            _write_end(trainer, described, summary, small, log.folder)
     return summary
 
 
-def describe(config: Config, images: ImageData, device: torch.device) -> dict[str, Any]:
+def _write_end(
+    trainer: Trainer, described: dict[str, Any], summary: dict[str, Any], small: nn.Module | None, folder: Path
+) -> None:
+    if small is not None:
+        info = {name: described[name] for name in ("model", "data", "classes", "mean", "std")}
+        network_file.save(small, folder / MODEL, trainer.example_input(), info)
+    write_json(folder / "summary.json", summary, "a summary")
+    pictures = plots.plot_run(folder)
+    print(report.format_summary(summary))
+    if small is not None:
+        print(format_small(summary["small"], MODEL))
+    print("plots: " + ", ".join(str(picture) for picture in pictures))
+
+
+def describe(trainer: Trainer) -> dict[str, Any]:
     """``config.json``: what was asked for, under ``config``, and what it came to."""
+    config, images = trainer.config, trainer.images
     return {
         **config.to_json(),
         "decorrelation": None if config.decorrelation == "none" else config.decorrelation,
@@ -141,7 +161,10 @@ def describe(config: Config, images: ImageData, device: torch.device) -> dict[st
         "data_source": images.source,
         "train_images": len(images.train_labels),
         "test_images": len(images.test_labels),
-        "device": str(device),
+        "classes": list(images.classes),
+        "mean": list(trainer.mean),
+        "std": list(trainer.std),
+        "device": str(trainer.device),
         "processes": distributed.size(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -193,6 +216,9 @@ def train(trainer: Trainer, log: RunLog, signals: list[int]) -> None:
     progress = Progress(config.epochs, trainer.steps_per_epoch, trainer.step, limit)
     reached = False
     while trainer.step < limit and not reached:
+        before = trainer.parameters()
+        if trainer.compact_if_frozen():
+            print(f"the masks stay: {trainer.parameters():,} of {before:,} parameters are trained on")
         try:
             train_epoch(trainer, progress, limit, signals)
             trainer.network.settle()

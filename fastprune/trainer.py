@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from . import data, distributed, network
+from . import compaction, data, distributed, network
+from .compact import compact
 from .data import ImageData
 from .network import Network
 from .recipes import Config
@@ -164,9 +165,10 @@ class Trainer:
         return data.normalize(images, self.mean, self.std, memory_format=self.format)
 
     @torch.no_grad()
-    def test(self) -> dict[str, float]:
-        """Scores on the test images, of which each process takes its share."""
-        self.model.eval()
+    def test(self, model: nn.Module | None = None) -> dict[str, float]:
+        """Scores on the test images, of which each process takes its share; of another model, if one is given."""
+        (model or self.model).eval()
+        forward = model or self.network.test_forward
         scores = Scores(self.device)
         size = max(self.config.batch_size, 500)
         shares = (_share(tensor) for tensor in (self.images.test_images, self.images.test_labels))
@@ -174,7 +176,7 @@ class Trainer:
             if len(labels) == 0:  # fewer images than processes
                 continue
             with self.autocast():
-                logits = self.network.test_forward(self.normalized(images))
+                logits = forward(self.normalized(images))
             scores.add(functional.cross_entropy(_wide(logits), labels), logits, labels)
         return scores.read()
 
@@ -197,12 +199,46 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "images_per_s": min(images, len(self.images.train_labels)) / self.seconds,
             "seconds": self.seconds,
+            "parameters": self.parameters(),
+            "compacted": self.network.compacted is not None,
             **self.network.figures(),
         }
         self.scores.sums.zero_()
         self.penalty.zero_()
         self.seconds = 0.0
         return record
+
+    # ------------------------------------------------------------------------------------------- small network
+
+    def compact_if_frozen(self) -> bool:
+        """Go on with the small network if so configured, the masks stay, and it is not done yet; whether it was."""
+        if not (self.config.compact_when_frozen and self.pruner is not None and self.pruner.frozen):
+            return False
+        self._use(compaction.compacted(self._lone_copy(), self.example_input()))
+        return True
+
+    def small(self) -> nn.Module:
+        """A copy of the network without what is pruned, as a lone process has it."""
+        lone = self._lone_copy()
+        return lone.model if lone.compacted else compact(lone.model, self.example_input(), self.config.round_to)
+
+    def _lone_copy(self) -> Network:
+        if self.network.compacted is not None:
+            tensors = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            return compaction.restored(self.config, self.network.compacted, tensors, several=False)
+        model = network.make_model(self.config, len(self.images.classes), self.device)
+        pruner = network.make_pruner(self.config, model, self.steps_per_epoch)
+        copy = Network(self.config, model, pruner, several=False)
+        copy.load_state_dict(self.network.state_dict())
+        return copy
+
+    def example_input(self) -> Tensor:
+        """One test image as the network takes it."""
+        return self.normalized(self.images.test_images[:1])
+
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -256,6 +292,9 @@ class Trainer:
             for name, here in place.items():
                 if state[name] != here:
                     raise ValueError(f"{name} was {state[name]} and is {here}, so its place in the data is unknown")
+            if state.get("compacted") is not None:
+                tensors = {name: tensor.to(self.device) for name, tensor in state["model"].items()}
+                self._use(compaction.restored(self.config, state["compacted"], tensors))
             self.network.load_state_dict(state)
             if self.scaler.is_enabled() and state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])

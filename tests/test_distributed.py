@@ -85,6 +85,7 @@ def trained(steps: int, changes: dict[str, Any], exact: bool = True) -> tuple[di
     with in_float64() if exact else contextlib.nullcontext():
         trainer = Trainer(config(**changes), small_images())
         while trainer.step < steps:
+            trainer.compact_if_frozen()
             list(trainer.train_steps(steps))
             trainer.network.settle()
             if trainer.step % trainer.steps_per_epoch == 0:
@@ -96,13 +97,14 @@ ALIKE: dict[str, dict[str, Any]] = {
     "last batch of two": {},
     "three parts, odd shares": {"batch_size": 15, "accumulate": 3, "decorrelation": "correlation", "cutout": 3},
     "single weights": {"prune_type": "unstructured", "importance": "taylor", "prune_every": 4},
+    "compacted after an epoch": {"compact_when_frozen": True, "prune_until": 0.5, "couple": True},
     "dense, no momentum": {"prune_rate": 0.0, "momentum": 0.0, "nesterov": False, "channels_last": False},
 }
 
 
 @pytest.mark.parametrize("changes", ALIKE.values(), ids=ALIKE)
 def test_two_processes_train_as_one(pair: Processes, changes: dict[str, Any]) -> None:
-    steps = 8 if changes == {} else 4
+    steps = 8 if changes == {} or "compact_when_frozen" in changes else 4
     (expected, expected_records), (first, second) = trained(steps, changes), pair.run(trained, steps, changes)
     assert_same(first[0], second[0])
     assert difference(first[0]["model"], expected["model"]) < IN_FLOAT64

@@ -97,6 +97,7 @@ def test_booleans_have_two_flags() -> None:
     assert not parse(["--no-flip"]).flip
     assert parse(["--recipe", "faithful", "--flip"]).flip
     assert parse(["--compile"]).compile
+    assert parse(["--compact-when-frozen"]).compact_when_frozen
 
 
 def test_every_field_of_a_recipe_can_be_overridden() -> None:
@@ -108,7 +109,7 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
         --precision bf16 --device cpu --channels-last --compile --accumulate 2 --no-sync-batchnorm
         --prune-scope layer --min-kept 2 --round-to 8 --seed 1 --max-steps 7 --target-accuracy 50 --out o"""
     config = parse(line.split())
-    unchanged = {"recipe", "resume"}
+    unchanged = {"recipe", "resume", "compact_when_frozen", "couple"}  # the last two are for filters only
     for field in dataclasses.fields(Config):
         if field.name not in unchanged:
             assert getattr(config, field.name) != getattr(RECIPES["faithful"], field.name), field.name
@@ -145,6 +146,9 @@ def test_translation_leaves_the_rest_alone() -> None:
         ("--importance taylor", "--importance taylor is for --prune-type"),
         ("--prune-type unstructured --importance grad --precision fp16", "cannot rank the gradients of fp16"),
         ("--precision fp8", "fp8"),
+        ("--compact-when-frozen --prune-type unstructured", "it needs --prune-type structured"),
+        ("--couple --prune-type unstructured", "it needs --prune-type structured"),
+        ("--compact-when-frozen --prune-rate 0", "and a --prune-rate above 0"),
     ],
 )
 def test_bad_command_lines_end_with_a_message_and_status_2(

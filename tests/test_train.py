@@ -18,11 +18,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastprune import FilterPruner, checkpoint, data, report, train
+import fastprune
+from fastprune import FilterPruner, checkpoint, data, network, report, train
+from fastprune.cost import cost
 from fastprune.data import ImageData
 from fastprune.nn import MaskedConv2d
 from fastprune.recipes import Config
-from fastprune.train import CHECKPOINT, Interrupted, main
+from fastprune.run_folder import load_network
+from fastprune.train import CHECKPOINT, MODEL, Interrupted, main
 from fastprune.trainer import Trainer, TrainingError
 
 # 50 images of 8×8 pixels in batches of 16: four steps an epoch, the last of two images.
@@ -128,7 +131,7 @@ def whole_run(images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> tu
 def test_a_run_writes_its_files(whole_run: tuple[Path, str]) -> None:
     out, _ = whole_run
     names = ["checkpoint.previous.safetensors", CHECKPOINT, "config.json", "curves.png", "filters.png"]
-    assert sorted(path.name for path in out.iterdir()) == [*names, "metrics.jsonl", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == [*names, "metrics.jsonl", MODEL, "summary.json"]
     for name in ("curves.png", "filters.png"):
         with Image.open(out / name) as picture:
             assert picture.format == "PNG"
@@ -158,12 +161,13 @@ def test_the_summary_names_the_last_epoch_first_and_the_best_second(whole_run: t
     assert not summary["comparison"]["comparable"]
 
 
-def test_the_resolved_configuration_is_written(whole_run: tuple[Path, str]) -> None:
+def test_the_resolved_configuration_is_written(whole_run: tuple[Path, str], images: ImageData) -> None:
     stored = json.loads((whole_run[0] / "config.json").read_text())
     assert stored["config"] == config(out=whole_run[0], epochs=3).to_json()
     assert (stored["device"], stored["train_images"], stored["test_images"]) == ("cpu", 50, 20)
     assert stored["data"] == "embedded"
     assert "generated" in stored["data_source"]
+    assert (stored["classes"], stored["mean"], stored["std"]) == (list(images.classes), [*images.mean], [*images.std])
 
 
 def test_a_run_says_what_it_does(whole_run: tuple[Path, str]) -> None:
@@ -371,6 +375,108 @@ def test_an_unregularised_run_says_so(small_data: None, tmp_path: Path) -> None:
     summary = train.run(config(out=tmp_path, epochs=1, decorrelation="none"))
     assert "α" not in summary["run"]
     assert json.loads((tmp_path / "config.json").read_text())["decorrelation"] is None
+
+
+def test_coupling_reaches_the_pruner(images: ImageData) -> None:
+    pruner = Trainer(config(couple=True, prune_scope="layer"), images).pruner
+    assert isinstance(pruner, FilterPruner)
+    pruner.update()
+    masks = pruner.masks()
+    assert torch.equal(masks["layer1.0.conv2"], masks["conv1"])
+
+
+# ---- the small network ----
+
+
+def test_a_run_leaves_its_network_without_what_is_pruned(whole_run: tuple[Path, str], images: ImageData) -> None:
+    out, printed = whole_run
+    small = fastprune.load(out / MODEL).eval()
+    _, masked = load_network(out)
+    inputs = data.normalize(images.test_images, images.mean, images.std)
+    with torch.no_grad():
+        torch.testing.assert_close(small(inputs), masked(inputs), rtol=1e-4, atol=1e-4)
+    found = json.loads((out / "summary.json").read_text())["small"]
+    before, after = found["parameters"]
+    assert (before, after) == (272_474, sum(p.numel() for p in small.parameters()))
+    assert found["macs"] == [cost(model, inputs[:1], masked=False).macs for model in (masked, small)]
+    assert found["macs"][1] < found["macs"][0]
+    assert found["test"][0] == report.read_metrics(out)[-1]["test"]
+    assert found["test"][1] == pytest.approx(found["test"][0], rel=1e-3)
+    assert "images_per_s" not in found
+    assert f"without what is pruned (model.safetensors): {after:,} of 272,474 parameters" in printed
+
+
+COMPACTED: dict[str, Any] = {"compact_when_frozen": True, "epochs": 3, "prune_until": 0.34}
+
+
+def test_a_run_goes_on_small_when_the_masks_stay(
+    small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train.run(config(out=tmp_path, **COMPACTED))
+    records = report.read_metrics(tmp_path)
+    assert [record["compacted"] for record in records] == [False, True, True]
+    assert records[0]["parameters"] == 272_474 > records[1]["parameters"] == records[2]["parameters"]
+    for figure in ("kept_per_layer", "filters_per_layer", "layers", "sparsity"):
+        assert records[0][figure] == records[2][figure], "told of the network that was pruned"
+    speeds = [record["images_per_s"] for record in records]
+    assert summary["small"]["images_per_s"] == pytest.approx([speeds[0], sum(speeds[1:]) / 2])
+    small = fastprune.load(tmp_path / MODEL)
+    stored = state(tmp_path)["model"]
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in small.state_dict().items())
+    printed = capsys.readouterr().out
+    assert f"the masks stay: {records[1]['parameters']:,} of 272,474 parameters are trained on" in printed
+    _, loaded = load_network(tmp_path)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), small.eval()(images))
+
+
+@pytest.mark.parametrize("stops", [(3, 5), (4, 9)], ids=["within epochs", "as the masks end"])
+def test_a_resumed_small_network_equals_one_that_never_stopped(
+    small_data: None, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train.run(config(out=whole, **COMPACTED))
+    train.run(config(out=parts, max_steps=stops[0], **COMPACTED))
+    assert main(["--resume", str(parts), "--max-steps", str(stops[1])]) == 0
+    assert main(["--resume", str(parts)]) == 0
+    assert_same(state(whole), state(parts))
+    assert metrics(whole) == metrics(parts)
+    assert state(whole)["compacted"] is not None
+
+
+def test_a_small_network_of_another_model_is_said(
+    small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.run(config(out=tmp_path, max_steps=6, **COMPACTED))
+    assert main(["--resume", str(tmp_path), "--model", "resnet32"]) == 1
+    assert "model was resnet20 when it was compacted, and is resnet32" in capsys.readouterr().err
+
+
+def test_the_small_network_trains_as_the_masked_one(images: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of it is one of the network with masks: batch norm makes the same of what is pruned, its own bias."""
+    make_model, normalized = network.make_model, Trainer.normalized
+    monkeypatch.setattr(network, "make_model", lambda *given: make_model(*given).double())
+    monkeypatch.setattr(Trainer, "normalized", lambda trainer, images: normalized(trainer, images).double())
+    settings = COMPACTED | {"decorrelation": "none", "feedback": "none", "weight_decay": 0.0}
+    masked, small = (Trainer(config(**settings), images) for _ in range(2))
+    for trainer in (masked, small):
+        for _ in trainer.train_steps(STEPS):
+            pass
+        assert trainer.pruner is not None
+        assert trainer.pruner.frozen
+    assert small.compact_if_frozen()
+    assert not small.compact_if_frozen(), "once"
+    assert small.parameters() < masked.parameters()
+    outputs, gradients = [], []
+    for trainer in (masked, small):
+        x = trainer.normalized(images.train_images[:16]).requires_grad_()
+        outputs.append(trainer.model.train()(x))
+        outputs[-1][:, 0].sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*gradients, rtol=1e-7, atol=1e-9)
+    assert all("momentum_buffer" in small.optimizer.state[p] for n, p in small.model.named_parameters() if "bn" in n)
 
 
 # ---- going on ----
