@@ -83,6 +83,7 @@ class Analysis:
 
     network: fx.GraphModule
     weights: Mapping[str, Tensor]
+    exact: bool = True
     results: dict[fx.Node, Channels] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -124,14 +125,15 @@ def effective_weights(network: fx.GraphModule, masks: Mapping[str, Tensor]) -> d
     return found
 
 
-def analyse(network: fx.GraphModule, weights: Mapping[str, Tensor]) -> Analysis:
+def analyse(network: fx.GraphModule, weights: Mapping[str, Tensor], exact: bool = True) -> Analysis:
     """Follow the channels of a network, traced with an example input, from its input to its output.
 
     Args:
         network: of :func:`fastprune.graph.trace`.
         weights: of :func:`effective_weights`.
+        exact: False takes constants for the same beyond the border of the image, where padding has zeros.
     """
-    found = Analysis(network, weights)
+    found = Analysis(network, weights, exact)
     calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     for node in network.graph.nodes:
         if node.op == "output":
@@ -181,7 +183,9 @@ def _module(found: Analysis, node: fx.Node, module: nn.Module) -> Channels | Non
     if isinstance(module, _IDENTITIES):
         return source
     if isinstance(module, nn.AvgPool2d):
-        return Channels(ids, _pooled(constants, module.padding, module.ceil_mode))
+        plain = not found.exact or (module.padding in (0, (0, 0)) and not module.ceil_mode)
+        # An average counts zeros beyond the border, or leaves them out.
+        return Channels(ids, constants if plain else np.where(constants == 0, 0.0, np.nan))
     if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
         return _flattened(node, source)
     return None
@@ -194,7 +198,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def _convolution(found: Analysis, node: fx.Node, module: nn.Conv2d, source: Channels) -> Channels | None:
     weight = found.weights[str(node.target)]
-    padded = module.padding not in (0, (0, 0), "valid") and module.padding_mode == "zeros"
+    padded = found.exact and module.padding not in (0, (0, 0), "valid") and module.padding_mode == "zeros"
     if is_depthwise(module):
         own = _written(found, weight, module.bias).constants
         sums = weight.double().flatten(1).sum(1).cpu().numpy()
@@ -226,12 +230,6 @@ def _normalised(module: nn.BatchNorm2d | nn.BatchNorm1d, constants: Values) -> V
 
 def _applied(function: Callable[..., Tensor], constants: Values, *args: Any, **kwargs: Any) -> Values:
     return function(torch.from_numpy(constants.copy()), *args, **kwargs).numpy()
-
-
-def _pooled(constants: Values, padding: Any, ceil_mode: bool) -> Values:
-    """An average that counts zeros outside of the image, or none at all."""
-    plain = padding in (0, (0, 0)) and not ceil_mode
-    return constants if plain else np.where(constants == 0, 0.0, np.nan)
 
 
 def _flattened(node: fx.Node, source: Channels) -> Channels | None:

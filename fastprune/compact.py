@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.optim.swa_utils import update_bn
 
 from .channels import Analysis, Channels, Ids, Read, analyse, effective_weights, is_depthwise
 from .graph import trace
@@ -78,12 +79,16 @@ def compact(
     example_input: Tensor | tuple[Any, ...],
     round_to: int = 1,
     masks: Mapping[str, Tensor] | None = None,
+    *,
+    exact: bool = True,
+    recalibrate: Iterable[Any] | None = None,
 ) -> CompactModel:
     """The network without its pruned filters, which computes what the masked one does in eval mode.
 
     A pruned filter's output is constant, and so is what BatchNorms and activations make of it. Such a channel is
-    removed if whoever reads it can do without: its share goes into the reader's bias, or, where zeros around the image
-    make it depend on the place, is carried by one constant channel that stays. A channel of a residual stream goes when
+    removed if whoever reads it can do without: its share goes into the reader's bias (or into the running mean of the
+    BatchNorm behind it), or, where zeros around the image make it depend on the place, is carried by one constant
+    channel that stays. A channel of a residual stream goes when
     every branch has it constant. What cannot be removed exactly stays, and ``report`` says why.
 
     In train mode batch norm takes other statistics, so that constants are others there: train with masks first and
@@ -97,22 +102,29 @@ def compact(
         round_to: channels of each layer come in multiples of it, by keeping pruned ones.
         masks: by name of a convolution or linear layer, bool ``[F]`` or of the weight's shape, True is kept; instead
             of those in the model.
+        exact: False, the approximate mode, removes the constant channels that zeros around the image would have kept:
+            what is computed differs near the border, wherever a pruned filter's constant is not 0.
+        recalibrate: batches of inputs (or tuples that begin with one) on which the running statistics of BatchNorms are
+            taken anew, as :func:`torch.optim.swa_utils.update_bn` does; for the approximate mode.
 
     Returns:
         In the mode the model is in, on its device, in its dtype. ``state_dict`` has the model's keys without masks, and
         biases where constants went.
 
     Raises:
-        ValueError: for a model that cannot be traced, unknown names in ``masks``, and ``round_to`` below 1.
+        ValueError: for a model that cannot be traced, unknown names in ``masks``, ``round_to`` below 1, and
+            ``recalibrate`` with ``exact``.
     """
     if round_to < 1:
         raise ValueError(f"round_to must be at least 1, got {round_to}")
+    if exact and recalibrate is not None:
+        raise ValueError("recalibrate takes statistics anew, which is not exact: it is for exact=False")
     network = trace(model, example_input)
     layers = {name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
     if unknown := sorted((masks or {}).keys() - layers):
         raise ValueError(f"masks: {', '.join(unknown)} is no convolution or linear layer of this model")
     weights = effective_weights(network, masks or {})
-    analysis = analyse(network, weights)
+    analysis = analyse(network, weights, exact)
     selected = _Selected(analysis, round_to)
     small = CompactModel(copy.deepcopy(network), copy.deepcopy(network.graph), type(model).__name__)
     origins: dict[str, tuple[Tensor | None, ...]] = {}
@@ -128,6 +140,8 @@ def compact(
                     rows.append(_change(selected, node, module, made))
     counts = [sum(p.numel() for p in net.parameters()) for net in (network, small)]
     small.report, small.origins = CompactReport(tuple(rows), (counts[0], counts[1])), origins
+    if recalibrate is not None:
+        update_bn(recalibrate, small, device=next(small.parameters()).device)
     return small
 
 
@@ -139,6 +153,7 @@ class _Selected:
     round_to: int
     kept: set[int] = field(default_factory=set)
     why: dict[int, str] = field(default_factory=dict)
+    shifts: dict[fx.Node, Tensor] = field(default_factory=dict)  # that BatchNorms take over, see _Shrunk
 
     def __post_init__(self) -> None:
         for read in self.analysis.reads:
@@ -254,7 +269,21 @@ class _Shrunk:
             weight[:, int((columns == carrier).nonzero())] += shares / float(self.source.constants[carrier])
             return weight, bias
         shares = shares.flatten(1).sum(1) if shares.dim() > 1 else shares
+        if bias is None and (norm := self._norm_behind()) is not None:
+            self.selected.shifts[norm] = shares
+            return weight, None
         return weight, shares if bias is None else bias + shares
+
+    def _norm_behind(self) -> fx.Node | None:
+        """The BatchNorm that alone reads this layer: it subtracts its mean, and a bias before it would be of no use."""
+        (user, *others) = self.node.users or (self.node,)
+        if others or user.op != "call_module" or user not in self.selected.analysis.results:
+            return None
+        module = self.selected.analysis.network.get_submodule(str(user.target))
+        calls = [node for node in self.node.graph.nodes if node.op == "call_module" and node.target == user.target]
+        is_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_mean is not None
+        pinned = any(read.node is user and read.how == "all" for read in self.selected.analysis.reads)
+        return user if is_norm and len(calls) == 1 and not pinned else None
 
     def _linear(self, module: nn.Linear) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
         rows, columns = self._indices()
@@ -303,6 +332,9 @@ class _Shrunk:
         for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
             if tensor.dim() == 1:
                 getattr(made, name).data = tensor.detach()[rows.to(tensor.device)].clone()
+        if self.node in self.selected.shifts:
+            assert made.running_mean is not None
+            made.running_mean -= self.selected.shifts[self.node]
         return made, dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (rows,))
 
 

@@ -19,8 +19,8 @@ __all__ = ["compacted", "restored"]
 def compacted(plain: Network, example_input: Tensor) -> Network:
     """The network without what its masks prune, to be trained on from here; see :func:`fastprune.compact`.
 
-    It computes in train mode what the masked network computes in train mode, but that its batch norm no longer learns
-    the constants of what was pruned.
+    It computes in train mode what the masked network computes in train mode, but for the borders of images, where zeros
+    around them meet what was a constant; and its batch norm no longer learns these constants.
 
     Args:
         plain: as a lone process has it, with a pruner. The running statistics of what is pruned are settled in it.
@@ -32,7 +32,8 @@ def compacted(plain: Network, example_input: Tensor) -> Network:
     config = plain.config
     if plain.pruner is not None:
         settle_pruned(plain.pruner)
-    small = compact(plain.model, example_input, config.round_to)
+    # What is not exact about it is near the borders of images, and trained on.
+    small = compact(plain.model, example_input, config.round_to, exact=False)
     carried = carry_optimizer(plain.optimizer, plain.model, small)
     stored = {
         "model": config.model,

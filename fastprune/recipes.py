@@ -86,8 +86,8 @@ class Config:
     """Keep or prune filters together whose outputs are added up: residual streams get narrower, and the small network
     faster."""
     compact_when_frozen: bool = False
-    """When the masks stay, train on without what is pruned: a small network, which computes the same when tested. Batch
-    norm and the regulariser no longer count what was pruned."""
+    """When the masks stay, train on without what is pruned: a small network, which at first computes the same but near
+    the borders of images. Batch norm and the regulariser no longer count what was pruned."""
     round_to: int = 1
     """Keep filters in multiples of this."""
     prune_every: int = 4

@@ -281,3 +281,42 @@ def test_optimizers_of_other_models() -> None:
     small = compact(model, torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="the optimizer has a parameter that the model does not have"):
         carry_optimizer(torch.optim.SGD(layered(nn.Conv2d(3, 2, 1)).parameters()), model, small)
+
+
+def test_a_batchnorm_takes_the_constants_over_where_a_bias_would_be_of_no_use() -> None:
+    layers = [nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, bias=False), nn.BatchNorm2d(2)]
+    model = with_masks(layered(*layers), _0=[1, 0, 0, 1])
+    small = compact(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert small.get_submodule("2").bias is None
+    assert not torch.equal(small.get_submodule("3").running_mean, model[3].running_mean)
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+
+
+def test_the_approximate_mode_is_exact_but_near_the_border() -> None:
+    def conv(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+
+    model = with_masks(layered(*conv(3, 6), *conv(6, 4)), _0=[1, 0, 0, 1, 0, 0])
+    nn.init.ones_(model[1].bias)
+    example = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    assert [layer.kept for layer in compact(model, example).report.layers] == [3, 4]
+    small = compact(model, example, exact=False)
+    assert [layer.kept for layer in small.report.layers] == [2, 4]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x)[..., 1:-1, 1:-1], model(x)[..., 1:-1, 1:-1])
+        assert not torch.allclose(small(x), model(x))
+
+
+def test_statistics_are_taken_anew_for_the_approximate_mode() -> None:
+    model = layered(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, padding=1), nn.BatchNorm2d(2))
+    with_masks(model, _0=[1, 0, 0, 1])
+    example = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+    batches = [torch.randn(4, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+    small = compact(model, example, exact=False, recalibrate=batches)
+    assert not small.training
+    with torch.no_grad():
+        inner = small.get_submodule("0")(torch.cat(batches))
+    torch.testing.assert_close(small.get_submodule("1").running_mean, inner.mean((0, 2, 3)))
+    with pytest.raises(ValueError, match="it is for exact=False"):
+        compact(model, example, recalibrate=batches)

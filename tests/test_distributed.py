@@ -26,7 +26,7 @@ from fastprune import Decorrelation, FilterPruner, WeightPruner, checkpoint, dat
 from fastprune.data import DataUnavailableError, ImageData
 from fastprune.optim import PrunedSGD
 from fastprune.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorms
-from fastprune.train import CHECKPOINT, main
+from fastprune.train import CHECKPOINT, MODEL, main
 from fastprune.trainer import Trainer, TrainingError
 
 # Two processes differ from one by the order of summation. In float64 that is 3e-14 of a tensor's norm after two epochs
@@ -490,7 +490,7 @@ def test_one_saves_and_tells(pair: Processes, tmp_path: Path) -> None:
     assert "on 2 processes" in first["out"]
     assert first["out"].count("epoch 2/2") == 1
     assert (first["offline"], second["offline"]) == ([None], ["1"])  # one downloads
-    names = ["checkpoint.previous.safetensors", CHECKPOINT, "config.json", "metrics.jsonl", "summary.json"]
+    names = ["checkpoint.previous.safetensors", CHECKPOINT, "config.json", "metrics.jsonl", MODEL, "summary.json"]
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
     one = run_of(command(tmp_path / "one"))

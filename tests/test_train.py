@@ -428,7 +428,7 @@ def test_a_run_goes_on_small_when_the_masks_stay(
     _, loaded = load_network(tmp_path)
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(images), small.eval()(images))
+        torch.testing.assert_close(loaded(images), small.eval()(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stops", [(3, 5), (4, 9)], ids=["within epochs", "as the masks end"])
@@ -465,6 +465,9 @@ def test_the_small_network_trains_as_the_masked_one(images: ImageData, monkeypat
             pass
         assert trainer.pruner is not None
         assert trainer.pruner.frozen
+        for norm in trainer.model.modules():
+            if isinstance(norm, nn.BatchNorm2d):  # what is pruned becomes 0, at the borders too
+                nn.init.constant_(norm.bias, -0.05)
     assert small.compact_if_frozen()
     assert not small.compact_if_frozen(), "once"
     assert small.parameters() < masked.parameters()
