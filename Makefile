@@ -26,8 +26,8 @@ help: ## list the targets
 train: environment ## train, prune and compare: the quick recipe, a few minutes (ARGS="--epochs 3" ...)
 	@$(PY) -m fastprune.train $(QUICK_RUN) $(ARGS)
 
-test: environment ## the tests, without the slow ones
-	@$(PY) -m pytest $(ARGS)
+test: environment ## the tests, without the slow ones, on all cores
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-slow: environment ## the slow tests only
 	@$(PY) -m pytest -m "slow and not gpu_kernels" $(ARGS)
