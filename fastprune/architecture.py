@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from .layer_kinds import ATTRIBUTES, DTYPES, FUNCTIONS, METHODS, MODULES, WORDS, is_number, kind_of
 from .nn import MaskedConv2d, mask_convolutions
+from .scatter import Scatter
 
 __all__ = ["ArchitectureError", "build", "describe", "tensors_of"]
 
@@ -298,5 +299,7 @@ def _fits(name: str, tensor: Tensor, place: Tensor | None, module: nn.Module) ->
     if isinstance(module, MaskedConv2d) and name == "feedback":
         return tensor.is_floating_point() and tensor.shape in [module.weight.shape[:1], torch.Size()]
     if place is None or tensor.shape != place.shape:
+        return False
+    if isinstance(module, Scatter) and name == "index" and not module.allows(tensor):
         return False
     return tensor.is_floating_point() if place.is_floating_point() else tensor.dtype is place.dtype

@@ -47,6 +47,9 @@ _IDENTITY: set[Any] = {
 _ADD: set[Any] = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _MULTIPLY: set[Any] = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 
+# Those that a branch must be spared, for each channel of its stream, to be worth a Scatter.
+MULTIPLICATIONS_PER_CHANNEL = 32
+
 
 @dataclass
 class Channels:
@@ -70,11 +73,33 @@ class Read:
         channels: what it reads.
         how: ``bias``: a constant moves into its bias; ``padded``: a constant is 0 outside of the image, so that another
             constant channel has to carry it; ``all``: it needs every channel as it is.
+        groups: of a convolution, each of which reads its share of the channels.
     """
 
     node: fx.Node
     channels: Channels
     how: Literal["bias", "padded", "all"]
+    groups: int = 1
+
+
+@dataclass
+class Sum:
+    """An addition of a branch with constant channels, which it need not write, to a residual stream.
+
+    Attributes:
+        stream: the operand whose channels are those of the sum.
+        branch: the other; its constant channels are channels of their own.
+        channels: those of the branch.
+    """
+
+    stream: fx.Node
+    branch: fx.Node
+    channels: Channels
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether nothing of the branch is computed."""
+        return not np.isnan(self.channels.constants).any()
 
 
 @dataclass
@@ -86,6 +111,7 @@ class Analysis:
     exact: bool = True
     results: dict[fx.Node, Channels] = field(default_factory=dict)
     reads: list[Read] = field(default_factory=list)
+    sums: dict[fx.Node, Sum] = field(default_factory=dict)
     parents: list[int] = field(default_factory=list)
 
     def fresh(self, count: int) -> Ids:
@@ -155,7 +181,20 @@ def analyse(network: fx.GraphModule, weights: Mapping[str, Tensor], exact: bool 
                 found.reads.append(Read(node, channels, "all"))  # nobody can make it write fewer
         elif len(result.ids):
             found.results[node] = result
+    _forget_what_nobody_needs(found)
     return found
+
+
+def _forget_what_nobody_needs(found: Analysis) -> None:
+    """Leave out what only writes branches that are constant."""
+    needed = {node for node in found.network.graph.nodes if node.op in ("output", "placeholder")}
+    for node in reversed(found.network.graph.nodes):
+        if node in needed:
+            own = found.sums.get(node)
+            needed.update([own.stream] if own is not None and own.is_constant else node.all_input_nodes)
+    found.results = {node: channels for node, channels in found.results.items() if node in needed}
+    found.reads = [read for read in found.reads if read.node in needed]
+    found.sums = {node: own for node, own in found.sums.items() if node in needed}
 
 
 def _read_all(found: Analysis, node: fx.Node) -> None:
@@ -205,9 +244,7 @@ def _convolution(found: Analysis, node: fx.Node, module: nn.Conv2d, source: Chan
         bias = np.zeros(len(sums)) if module.bias is None else module.bias.detach().double().cpu().numpy()
         inner = np.where((source.constants == 0) | (not padded), source.constants * sums + bias, np.nan)
         return Channels(source.ids, np.where(np.isnan(own), inner, own))
-    if module.groups != 1:
-        return None
-    found.reads.append(Read(node, source, "padded" if padded else "bias"))
+    found.reads.append(Read(node, source, "padded" if padded else "bias", module.groups))
     return _written(found, weight, module.bias)
 
 
@@ -301,8 +338,38 @@ def _combined(found: Analysis, node: fx.Node) -> Channels | None:
         return None
     if len(first.ids) != len(second.ids):
         return None
-    found.unite(first.ids, second.ids)
     constants = function(first.constants, second.constants)
+    if function is np.add and len(sizes[0] or ()) == 4:
+        (stream, branch), (node_of_stream, node_of_branch) = (first, second), nodes
+        if np.isnan(stream.constants).sum() < np.isnan(branch.constants).sum():
+            (stream, branch), (node_of_stream, node_of_branch) = (second, first), nodes[::-1]
+        if nodes[0] is not nodes[1] and _pays(found, node_of_branch, branch):
+            computed = np.isnan(branch.constants)
+            found.unite(stream.ids[computed], branch.ids[computed])
+            found.sums[node] = Sum(node_of_stream, node_of_branch, branch)
+            return Channels(stream.ids, constants)
+    found.unite(first.ids, second.ids)
     if function is np.multiply:  # 0 times whatever it is
         constants = np.where((first.constants == 0) | (second.constants == 0), 0.0, constants)
     return Channels(first.ids, constants)
+
+
+def _pays(found: Analysis, node: fx.Node, branch: Channels) -> bool:
+    """Whether the multiplications that constant channels of a branch cost are worth a :class:`Scatter`.
+
+    What nothing but an addition reads saves them; a Scatter touches every channel of the stream once more.
+    """
+    constant = int((~np.isnan(branch.constants)).sum())
+    if constant in (0, len(branch.ids)):
+        return constant > 0
+    while len(node.users) == 1 and node.op == "call_module":
+        module = found.network.get_submodule(str(node.target))
+        (source,) = node.all_input_nodes
+        if isinstance(module, nn.Conv2d):
+            inputs = np.isnan(found.results[source].constants).sum() if source in found.results else module.in_channels
+            each = int(inputs) // module.groups * math.prod(module.kernel_size)
+            return constant * each >= MULTIPLICATIONS_PER_CHANNEL * len(branch.ids)
+        if not isinstance(module, (nn.BatchNorm2d, *_IDENTITIES, *_ELEMENTWISE_MODULES)):
+            break
+        node = source
+    return False

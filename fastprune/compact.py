@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
-from .channels import Analysis, Channels, Ids, Read, analyse, effective_weights, is_depthwise
+from .channels import Analysis, Channels, Ids, Read, Sum, analyse, effective_weights, is_depthwise
 from .graph import trace
+from .scatter import Scatter
 
 __all__ = ["CompactReport", "LayerChange", "carry_optimizer", "compact"]
 
@@ -67,6 +70,7 @@ class CompactModel(fx.GraphModule):
     Attributes:
         report: what was done.
         origins: by parameter or buffer, the indices taken of each dimension of the one of its name; None for all.
+            In a convolution with groups each filter has inputs of its own: ``[F, I]``.
     """
 
     report: CompactReport
@@ -88,8 +92,10 @@ def compact(
     A pruned filter's output is constant, and so is what BatchNorms and activations make of it. Such a channel is
     removed if whoever reads it can do without: its share goes into the reader's bias (or into the running mean of the
     BatchNorm behind it), or, where zeros around the image make it depend on the place, is carried by one constant
-    channel that stays. A channel of a residual stream goes when
-    every branch has it constant. What cannot be removed exactly stays, and ``report`` says why.
+    channel that stays. A channel of a residual stream goes when every branch has it constant; a branch that has few of
+    the channels that stay is added to those alone (:class:`~fastprune.scatter.Scatter`), where that saves more than it
+    costs, and one that has none goes with its layers. Groups of a convolution stay alike, and empty ones go. What
+    cannot be removed exactly stays, and ``report`` says why.
 
     In train mode batch norm takes other statistics, so that constants are others there: train with masks first and
     compact last, or let the small network train on from here as one of its own.
@@ -138,6 +144,9 @@ def compact(
                 origins.update({f"{node.target}.{name}": index for name, index in rows_of.items()})
                 if isinstance(module, (nn.Conv2d, nn.Linear)):
                     rows.append(_change(selected, node, module, made))
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):  # its branch is constant
+                rows.append(_change(selected, node, module, None))
+    _scatter_branches(selected, small)
     counts = [sum(p.numel() for p in net.parameters()) for net in (network, small)]
     small.report, small.origins = CompactReport(tuple(rows), (counts[0], counts[1])), origins
     if recalibrate is not None:
@@ -160,12 +169,20 @@ class _Selected:
             self._keep_what_is_needed(read)
         for read in self.analysis.reads:
             if read.how == "padded":
-                self._keep_a_carrier(read)
+                for group in np.unique(np.flatnonzero(self._weighed(read)) * read.groups // len(read.channels.ids)):
+                    self._keep_a_carrier(read, int(group))
         layers = [node for node in self.analysis.network.graph.nodes if self._is_layer(node)]
-        more = True
-        while more:
+        grouped = [read for read in self.analysis.reads if read.groups > 1]
+        before = -1
+        while before < len(self.kept):
             # Layers share channels: what one has to keep may bring another out of step.
-            more = any(self._keep_multiple(self.analysis.results[node]) for node in layers)
+            before = len(self.kept)
+            for node in layers:
+                self._keep_multiple(self.analysis.results[node])
+            for node, own in self.analysis.sums.items():
+                self._keep_what_a_branch_writes(node, own)
+            for read in grouped:
+                self._keep_groups_alike(read)
 
     def _is_layer(self, node: fx.Node) -> bool:
         if node.op != "call_module" or node not in self.analysis.results:
@@ -182,7 +199,8 @@ class _Selected:
             self.why[root] = why
 
     def _keep_what_is_needed(self, read: Read) -> None:
-        needed = np.isnan(read.channels.constants) if read.how != "all" else np.ones(len(read.channels.ids), bool)
+        computed = np.isnan(read.channels.constants)
+        needed = computed & self._weighed(read) if read.how != "all" else np.ones_like(computed)
         if read.how == "all":
             target = read.node.target if isinstance(read.node.target, str) else read.node.name
             why = "the output" if read.node.op == "output" else f"read whole by {target}"
@@ -191,31 +209,67 @@ class _Selected:
         for root in self.analysis.roots(read.channels.ids[needed]).tolist():
             self._keep(root, why)
 
-    def carrier(self, channels: Channels) -> int | None:
+    def _weighed(self, read: Read) -> NDArray[np.bool_]:
+        """Which channels a layer multiplies by weights that are not 0 all: those of groups with a filter."""
+        written = np.isnan(self.analysis.results[read.node].constants).reshape(read.groups, -1)
+        return written.any(1).repeat(len(read.channels.ids) // read.groups)
+
+    def carrier(self, read: Read, group: int = 0) -> int | None:
         """The position of the constant channel that carries the others' shares: the largest of those that stay."""
-        sizes = np.abs(np.nan_to_num(channels.constants))
-        best = max(self.index(channels).tolist(), key=lambda i: sizes[i], default=None)
+        sizes = np.abs(np.nan_to_num(read.channels.constants))
+        stay = np.intersect1d(self.index(read.channels), _span(read.channels, group, read.groups))
+        best = max(stay.tolist(), key=lambda i: sizes[i], default=None)
         return best if best is not None and sizes[best] > 0 else None
 
-    def _keep_a_carrier(self, read: Read) -> None:
+    def _keep_a_carrier(self, read: Read, group: int) -> None:
         constants, stays = read.channels.constants, self.index(read.channels)
-        gone = np.setdiff1d(np.flatnonzero(np.nan_to_num(constants)), stays)
-        if len(gone) and self.carrier(read.channels) is None:
+        span = _span(read.channels, group, read.groups)
+        gone = np.setdiff1d(span[np.nan_to_num(constants[span]) != 0], stays)
+        if len(gone) and self.carrier(read, group) is None:
             best = gone[np.abs(constants[gone]).argmax()]
             self._keep(self.analysis.root(int(read.channels.ids[best])), f"carries constants to {read.node.target}")
 
-    def _keep_multiple(self, channels: Channels) -> bool:
-        """Keep more until there is one channel, and a multiple; whether there were too few."""
-        roots = self.analysis.roots(channels.ids).tolist()
-        stay = sum(root in self.kept for root in roots)
-        wanted = min(-(-max(stay, 1) // self.round_to) * self.round_to, len(roots))
+    def _keep_multiple(self, channels: Channels) -> None:
+        """Keep more until there is one channel, and a multiple."""
+        stay = len(self.index(channels))
+        wanted = min(-(-max(stay, 1) // self.round_to) * self.round_to, len(channels.ids))
+        self._keep_more(channels.ids, wanted, "round_to" if self.round_to > 1 else "the last of its layer")
+
+    def _keep_what_a_branch_writes(self, node: fx.Node, own: Sum) -> None:
+        """Keep in the stream what a branch has for other reasons than that it is needed there."""
+        if not own.is_constant:
+            ids = self.analysis.results[node].ids[self.index(own.channels)]
+            self._keep_more(ids, len(ids), f"added to by {own.branch.target}")
+
+    def _keep_groups_alike(self, read: Read) -> None:
+        """Keep as many inputs and filters in each group that has any."""
+        sides = read.channels, self.analysis.results[read.node]
+        spans = [[side.ids[_span(side, group, read.groups)] for group in range(read.groups)] for side in sides]
+        counts = np.array([[self._count(ids) for ids in side] for side in spans])
+        alive = counts.any(0)
+        for side, most in zip(spans, counts.max(1), strict=True):
+            for group in np.flatnonzero(alive):
+                self._keep_more(side[group], max(int(most), 1), f"groups of {read.node.target} are alike")
+
+    def _count(self, ids: Ids) -> int:
+        return sum(root in self.kept for root in self.analysis.roots(ids).tolist())
+
+    def _keep_more(self, ids: Ids, wanted: int, why: str) -> None:
+        """Keep the first of those that would go until so many stay."""
+        roots = self.analysis.roots(ids).tolist()
+        stay = self._count(ids)
         for root in roots:
             if stay >= wanted:
-                return False
+                return
             if root not in self.kept:
-                self._keep(root, "round_to" if self.round_to > 1 else "the last of its layer")
+                self._keep(root, why)
                 stay += roots.count(root)
-        return True
+
+
+def _span(channels: Channels, group: int, groups: int) -> Ids:
+    """The positions of a group's channels."""
+    each = len(channels.ids) // groups
+    return np.arange(group * each, (group + 1) * each)
 
 
 class _Shrunk:
@@ -252,27 +306,39 @@ class _Shrunk:
         rows, columns = (torch.from_numpy(index).to(device) for index in taken)
         return rows, columns
 
-    def _weight_and_bias(self, rows: Tensor, columns: Tensor, how: str) -> tuple[Tensor, Tensor | None]:
-        """The smaller weight, float64, and the bias where there is one, the constants of what is gone in them."""
+    def _weight_and_bias(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
+        """The smaller weight, float64, and the bias, the constants of what is gone in them; the weight's origin."""
         assert self.source is not None
-        full = self.selected.analysis.weights[str(self.node.target)].double()[rows]
-        bias = self.module.bias.detach().double()[rows] if isinstance(self.module.bias, Tensor) else None
+        (read,) = (read for read in self.selected.analysis.reads if read.node is self.node)
+        full = self.selected.analysis.weights[str(self.node.target)].double()
         constants = torch.from_numpy(np.nan_to_num(self.source.constants)).to(full.device)
         constants[columns] = 0  # they are computed
-        if not constants.any():
-            return full[:, columns], bias
-        shares = torch.einsum("fc...,c->f...", full, constants)
-        weight = full[:, columns]
-        if how == "padded":
-            carrier = self.selected.carrier(self.source)
-            assert carrier is not None
-            weight[:, int((columns == carrier).nonzero())] += shares / float(self.source.constants[carrier])
-            return weight, bias
-        shares = shares.flatten(1).sum(1) if shares.dim() > 1 else shares
-        if bias is None and (norm := self._norm_behind()) is not None:
-            self.selected.shifts[norm] = shares
-            return weight, None
-        return weight, shares if bias is None else bias + shares
+        weights, shares, origins = [], [], []
+        for group in range(read.groups):
+            first, each = group * full.shape[1], len(full) // read.groups
+            own_rows = rows[rows // each == group]
+            if not len(own_rows):
+                continue  # nor inputs
+            own = columns[columns // full.shape[1] == group] - first
+            block, gone = full[own_rows], constants[first : first + full.shape[1]]
+            weight, share = block[:, own], torch.einsum("fc...,c->f...", block, gone)
+            if read.how == "padded" and share.any():
+                carrier = self.selected.carrier(read, group)
+                assert carrier is not None
+                weight[:, int((own == carrier - first).nonzero())] += share / float(self.source.constants[carrier])
+                share = torch.zeros_like(share)
+            weights.append(weight)
+            shares.append(share.flatten(1).sum(1) if share.dim() > 1 else share)
+            origins.append(own.expand(len(own_rows), -1))
+        weight, total = torch.cat(weights), torch.cat(shares)
+        origin = (rows, columns if read.groups == 1 else torch.cat(origins))
+        bias = self.module.bias.detach().double()[rows] if isinstance(self.module.bias, Tensor) else None
+        if bias is None and total.any() and (norm := self._norm_behind()) is not None:
+            self.selected.shifts[norm] = total
+            total = torch.zeros_like(total)
+        if total.any():
+            bias = total if bias is None else bias + total
+        return weight, bias, origin
 
     def _norm_behind(self) -> fx.Node | None:
         """The BatchNorm that alone reads this layer: it subtracts its mean, and a bias before it would be of no use."""
@@ -287,27 +353,22 @@ class _Shrunk:
 
     def _linear(self, module: nn.Linear) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
         rows, columns = self._indices()
-        weight, bias = self._weight_and_bias(rows, columns, "bias")
+        weight, bias, origin = self._weight_and_bias(rows, columns)
         made = nn.Linear(len(columns), len(rows), bias is not None, module.weight.device, module.weight.dtype)
-        return _filled(made, module, weight, bias), {"weight": (rows, columns), "bias": (rows,)}
+        return _filled(made, module, weight, bias), {"weight": origin, "bias": (rows,)}
 
     def _convolution(self, module: nn.Conv2d) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
         rows, columns = self._indices()
         groups = module.groups
-        bias = None if module.bias is None else module.bias.detach().double()[rows]
-        if self._pinned() or (groups > 1 and not is_depthwise(module)):
-            weight, columns_of = self.selected.analysis.weights[str(self.node.target)].double(), None
-            rows, bias = torch.arange(len(weight)), None if module.bias is None else module.bias.detach().double()
-        elif groups > 1:
-            weight, columns_of, groups = (
-                self.selected.analysis.weights[str(self.node.target)].double()[rows],
-                None,
-                len(rows),
-            )
+        origin: tuple[Tensor | None, ...]
+        if self._pinned() or is_depthwise(module):
+            rows = torch.arange(module.out_channels) if self._pinned() else rows
+            weight = self.selected.analysis.weights[str(self.node.target)].double()[rows]
+            bias = None if module.bias is None else module.bias.detach().double()[rows]
+            groups, origin = groups if self._pinned() else len(rows), (rows, None)
         else:
-            (how,) = {read.how for read in self.selected.analysis.reads if read.node is self.node}
-            weight, bias = self._weight_and_bias(rows, columns, how)
-            columns_of = columns
+            weight, bias, origin = self._weight_and_bias(rows, columns)
+            groups = len(torch.unique(rows // (module.out_channels // groups)))
         made = nn.Conv2d(
             weight.shape[1] * groups,
             len(weight),
@@ -321,7 +382,7 @@ class _Shrunk:
             module.weight.device,
             module.weight.dtype,
         )
-        return _filled(made, module, weight, bias), {"weight": (rows, columns_of), "bias": (rows,)}
+        return _filled(made, module, weight, bias), {"weight": origin, "bias": (rows,)}
 
     def _batch_norm(
         self, module: nn.BatchNorm1d | nn.BatchNorm2d
@@ -350,9 +411,37 @@ def _filled(made: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | N
     return made.train(module.training)
 
 
-def _change(selected: _Selected, node: fx.Node, module: nn.Module, made: nn.Module) -> LayerChange:
+def _scatter_branches(selected: _Selected, small: CompactModel) -> None:
+    """Let branches that have fewer channels than their streams be added to those; leave out what is constant."""
+    analysis, parameter = selected.analysis, next(small.parameters())
+    twins = dict(zip(analysis.network.graph.nodes, small.graph.nodes, strict=True))
+    for node, own in analysis.sums.items():
+        stay = selected.index(analysis.results[node])
+        written = stay[:0] if own.is_constant else selected.index(own.channels)
+        if len(written) == len(stay):
+            continue
+        constants = own.channels.constants[stay]
+        constants[np.searchsorted(stay, written)] = 0  # they are computed
+        scatter = Scatter(len(stay), len(written)).to(parameter.device, parameter.dtype)
+        scatter.index.copy_(torch.from_numpy(np.searchsorted(stay, written)))
+        scatter.constant.copy_(torch.from_numpy(constants).view(-1, 1, 1))
+        name = next(f"scatter_{i}" for i in itertools.count() if not hasattr(small, f"scatter_{i}"))
+        small.add_submodule(name, scatter.train(small.training))
+        with small.graph.inserting_before(twins[node]):
+            args = (twins[own.stream],) if own.is_constant else (twins[own.stream], twins[own.branch])
+            twins[node].replace_all_uses_with(made := small.graph.call_module(name, args))
+        small.graph.erase_node(twins[node])
+        twins[node] = made
+    small.graph.eliminate_dead_code()
+    small.delete_all_unused_submodules()
+    small.recompile()
+
+
+def _change(selected: _Selected, node: fx.Node, module: nn.Module, made: nn.Module | None) -> LayerChange:
     weight = selected.analysis.weights[str(node.target)]
     zero = (weight.flatten(1) == 0).all(1).cpu().numpy()
+    if made is None:
+        return LayerChange(str(node.target), len(weight), int(zero.sum()), 0, (weight.shape[1], 0), "")
     before, after = (tuple(layer.get_parameter("weight").shape) for layer in (module, made))
     why: dict[str, int] = {}
     channels = selected.analysis.results[node]
@@ -411,7 +500,10 @@ def _taken(value: Any, old: Tensor, origin: Iterable[Tensor | None]) -> Any:
     if not isinstance(value, Tensor) or value.shape != old.shape:
         return copy.deepcopy(value)
     for dim, index in enumerate(origin):
-        value = value if index is None else value.index_select(dim, index.to(value.device))
+        if index is not None and index.dim() == 1:
+            value = value.index_select(dim, index.to(value.device))
+        elif index is not None:
+            value = value.take_along_dim(index.to(value.device).view(*index.shape, *[1] * (value.dim() - 2)), dim)
     return value.clone(memory_format=torch.channels_last if _is_channels_last(old) else torch.contiguous_format)
 
 

@@ -13,6 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 
 from .nn import MaskedConv2d
+from .scatter import Scatter
 
 __all__ = ["shape", "trace"]
 
@@ -38,12 +39,12 @@ _LINEAR = inspect.signature(lambda input, weight, bias=None: None)
 def trace(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None = None) -> fx.GraphModule:
     """Return the graph of ``model``: a ``GraphModule`` that computes the same, in train mode and in eval mode.
 
-    It is made of modules of ``torch.nn``, :class:`MaskedConv2d`, ``torchvision.ops.StochasticDepth``, functions,
-    methods of tensors, and parameters. Modules keep their names, so that its ``state_dict`` is the model's but for what
-    the forward does not use. What belongs together is put together: a BatchNorm with an activation of its own becomes a
-    BatchNorm and an activation (``<name>_act``), a function of a layer's own parameters that layer, a function of
-    dropout a module, timm's ``DropPath`` a ``StochasticDepth``. ``Identity`` and assertions are left out, and arguments
-    with a default are settled at it. Hooks are not part of it.
+    It is made of modules of ``torch.nn``, :class:`MaskedConv2d`, ``Scatter``, ``torchvision.ops.StochasticDepth``,
+    functions, methods of tensors, and parameters. Modules keep their names, so that its ``state_dict`` is the model's
+    but for what the forward does not use. What belongs together is put together: a BatchNorm with an activation of its
+    own becomes a BatchNorm and an activation (``<name>_act``), a function of a layer's own parameters that layer, a
+    function of dropout a module, timm's ``DropPath`` a ``StochasticDepth``. ``Identity`` and assertions are left out,
+    and arguments with a default are settled at it. Hooks are not part of it.
 
     Args:
         model: not changed. Parameters and buffers are shared with it, not copied, and so are modules.
@@ -94,7 +95,11 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one node."""
-        own = isinstance(m, (MaskedConv2d, torchvision.ops.StochasticDepth)) or _is_drop_path(m) or _has_activation(m)
+        own = (
+            isinstance(m, (MaskedConv2d, Scatter, torchvision.ops.StochasticDepth))
+            or _is_drop_path(m)
+            or _has_activation(m)
+        )
         return own or super().is_leaf_module(m, module_qualified_name)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from .nn import MaskedConv2d
+from .scatter import Scatter
 
 __all__ = ["ATTRIBUTES", "DTYPES", "FUNCTIONS", "METHODS", "MODULES", "WORDS", "ModuleKind", "is_number", "kind_of"]
 
@@ -153,6 +154,7 @@ _ARGUMENTS: list[tuple[tuple[type[nn.Module], ...], dict[str, Check]]] = [
     ((nn.PixelUnshuffle,), {"downscale_factor": _count}),
     ((nn.ChannelShuffle,), {"groups": _count}),
     ((nn.Upsample,), _upsample),
+    ((Scatter,), {"channels": _count, "kept": _int(0)}),
 ]
 
 

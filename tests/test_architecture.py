@@ -15,6 +15,7 @@ from fastprune import architecture, models
 from fastprune.architecture import ArchitectureError
 from fastprune.graph import trace
 from fastprune.layer_kinds import FUNCTIONS, MODULES, kind_of
+from fastprune.scatter import Scatter
 
 
 def again(model: nn.Module) -> fx.GraphModule:
@@ -133,6 +134,32 @@ def test_compact_networks_come_back() -> None:
     images = torch.randn(2, 3, 32, 32)
     built = assert_same(fastprune.compact(model, images), images)
     assert sum(p.numel() for p in built.parameters()) < 0.7 * 272_474
+
+
+def scattered() -> fx.GraphModule:
+    """A small network with a branch of fewer channels than its stream."""
+    torch.manual_seed(0)
+    model = models.create("resnet20").eval()
+    pruner = fastprune.FilterPruner(model, rate=0.0)
+    pruner.set_masks({"layer3.1.conv2": torch.arange(64) % 4 == 3, "layer3.2.conv2": torch.zeros(64).bool()})
+    return fastprune.compact(model, torch.zeros(1, 3, 32, 32))
+
+
+def test_branches_of_fewer_channels_come_back() -> None:
+    built = assert_same(scattered(), torch.randn(2, 3, 32, 32))
+    made = [(module.channels, module.kept) for module in built.modules() if isinstance(module, Scatter)]
+    assert made == [(64, 16), (64, 0)]
+
+
+@pytest.mark.parametrize("wrong", [64, -1, 7])
+def test_a_branch_is_added_to_channels_that_there_are_and_to_each_once(wrong: int) -> None:
+    small = scattered()
+    tensors = architecture.tensors_of(small)
+    index = tensors["scatter_0.index"].clone()
+    assert index[1] == 7
+    index[0] = wrong
+    with pytest.raises(ArchitectureError, match=r"scatter_0.index has the shape \[16\] and is torch.int64, which does"):
+        architecture.build(architecture.describe(small), {**tensors, "scatter_0.index": index})
 
 
 class Strange(nn.Conv2d):

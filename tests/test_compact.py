@@ -14,6 +14,7 @@ from torch.nn import functional
 from fastprune import FilterPruner, WeightPruner, compact, models
 from fastprune.compact import carry_optimizer
 from fastprune.optim import PrunedSGD
+from fastprune.scatter import Scatter
 
 SLOW = {"vgg16_bn", "densenet121", "timm:darknet53", "resnet50", "efficientnet_b0", "mobilenet_v3_large"}
 TORCHVISION = (
@@ -181,7 +182,7 @@ def test_round_to_and_the_last_channel() -> None:
     model = layered(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 6, 1), nn.ReLU(), nn.Conv2d(6, 2, 1))
     with_masks(model, _0=[1] * 5 + [0] * 11, _2=[0] * 6)
     images = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
-    assert [layer.kept for layer in compact(model, images).report.layers] == [5, 1, 2]
+    assert [layer.kept for layer in compact(model, images).report.layers] == [1, 1, 2]  # the first feeds nothing
     small = compact(model, images, round_to=8)
     assert [layer.kept for layer in small.report.layers] == [8, 6, 2]
     assert small.report.layers[0].why == "3: round_to"
@@ -191,14 +192,119 @@ def test_round_to_and_the_last_channel() -> None:
 
 
 def test_what_is_read_whole_stays_and_the_report_says_so() -> None:
-    model = layered(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 2, 1))
-    small = compact(with_masks(model, _0=[1, 0, 1, 1], _1=[0, 1, 1, 1]), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
-    assert [layer.kept for layer in small.report.layers] == [4, 4, 2]
-    assert [layer.why for layer in small.report.layers] == ["1: read whole by 1", "1: read whole by 1", ""]
+    model = layered(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+    small = compact(with_masks(model, _0=[1, 0, 1, 1]), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert [layer.kept for layer in small.report.layers] == [4, 2]
+    assert [layer.why for layer in small.report.layers] == ["1: read whole by 1", ""]
     assert difference(model, small, 2, 3, 8, 8) < 1e-12
     text = str(small.report)
     assert "read whole by 1" in text
     assert f"parameters: {sum(p.numel() for p in model.parameters()):,} ->" in text
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_groups_stay_alike_and_empty_ones_go(padding: int) -> None:
+    model = layered(
+        *(nn.Conv2d(3, 12, 1), nn.ReLU(), nn.Conv2d(12, 8, 3, padding=padding, groups=4, bias=False)),
+        *(nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)),
+    )
+    nn.init.ones_(model[0].bias)  # constants that are not 0
+    with_masks(model, _0=[0, 1, 0, 1, 1, 0, 1, 0, 0, 0, 0, 0], _2=[1, 1, 0, 1, 1, 0, 0, 0])
+    small = compact(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    middle = small.get_submodule("2")
+    # With padding one input more carries the constants of the others.
+    assert (middle.groups, tuple(middle.weight.shape)) == (3, (6, 2 + padding, 3, 3))
+    assert any("groups of 2 are alike" in layer.why for layer in small.report.layers)
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_momentum_stays_with_its_weight(groups: int) -> None:
+    model = layered(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=groups, bias=False))
+    with_masks(model, _0=[0, 1, 1, 1, 1, 0, 1, 1], _2=[1, 0, 1, 1, 1, 1, 1, 0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for layer in (model[0], model[2]):
+        optimizer.state[layer.weight]["momentum_buffer"] = (layer.weight * layer.mask.view(-1, 1, 1, 1)).detach()
+    small = compact(model, torch.zeros(1, 3, 4, 4, dtype=torch.float64))
+    carried = carry_optimizer(optimizer, model, small)
+    assert small.get_submodule("2").weight.shape[1] < 8 / groups or groups == 4
+    for parameter in small.parameters():
+        torch.testing.assert_close(carried.state[parameter]["momentum_buffer"], parameter.detach())
+
+
+class Streams(nn.Module):
+    """Two residual blocks."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.first, self.second = (
+            nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)) for _ in range(2)
+        )
+        self.head = nn.Conv2d(width, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = functional.relu(x + self.first(x))
+        return self.head(functional.relu(self.second(x) + x))
+
+
+def streams(first: Tensor, second: Tensor) -> nn.Module:
+    torch.manual_seed(0)
+    model = randomised(Streams()).double()
+    pruner = FilterPruner(model, 0.0, every=10**6, feedback="none")
+    pruner.set_masks({"first.0": first, "second.0": second})
+    return model
+
+
+def test_a_branch_that_writes_few_channels_is_scattered_into_its_stream() -> None:
+    """Wherever the stream's other channels stay, whichever operand of the sum the branch is."""
+    first, second = torch.arange(64) % 4 == 1, torch.arange(64) % 2 == 0
+    model = streams(first, second)
+    example = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    small = compact(model, example)
+    assert [layer.kept for layer in small.report.layers] == [64, 16, 32, 2]
+    assert [layer.inputs for layer in small.report.layers] == [(3, 3), (64, 64), (64, 64), (64, 64)]
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+    scatter = small.get_submodule("scatter_0")
+    assert (scatter.channels, scatter.kept) == (64, 16)
+    torch.testing.assert_close(scatter.index, first.nonzero().flatten())
+    rounded = compact(model, example, round_to=24)
+    assert [layer.kept for layer in rounded.report.layers] == [64, 24, 48, 2]
+    assert difference(model, rounded, 2, 3, 8, 8) < 1e-12
+
+
+def test_a_branch_of_which_almost_everything_stays_is_written_whole() -> None:
+    """To leave one channel out does not pay."""
+    mask = torch.arange(64) > 0
+    small = compact(streams(mask, mask), torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert [layer.kept for layer in small.report.layers] == [64, 64, 64, 2]
+
+
+def test_a_constant_branch_goes_with_everything_that_only_it_reads() -> None:
+    model = streams(torch.zeros(64).bool(), torch.ones(64).bool())
+    small = compact(model, torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    assert [(layer.name, layer.kept) for layer in small.report.layers][1] == ("first.0", 0)
+    assert not any(name.startswith("first") for name, _ in small.named_modules())
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+    network = models.create("resnet20").double()
+    pruner = FilterPruner(randomised(network), 0.0, every=10**6)
+    pruner.set_masks({"layer2.1.conv2": torch.zeros(32).bool()})
+    shallow = compact(network, torch.zeros(1, 3, 32, 32, dtype=torch.float64))
+    assert "layer2.1.conv1" not in dict(shallow.named_modules())
+    assert difference(network, shallow, 2, 3, 32, 32) < 1e-10
+
+
+def test_what_is_scattered_trains_on() -> None:
+    """The gradients of what is left are those of the masked network."""
+    model = streams(torch.arange(64) % 4 == 1, torch.arange(64) % 2 == 0)
+    small = compact(model, torch.zeros(2, 3, 8, 8, dtype=torch.float64))
+    images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    for network in (model, small):
+        network(images).square().sum().backward()
+    rows = small.origins["first.0.weight"][0]
+    torch.testing.assert_close(small.get_submodule("first.0").weight.grad, model.first[0].weight.grad[rows])
+    torch.testing.assert_close(small.get_submodule("stem").weight.grad, model.stem.weight.grad)
 
 
 def test_single_weights_remove_the_filters_they_leave_empty() -> None:
@@ -220,13 +326,13 @@ def test_the_model_is_not_changed_and_the_small_one_is_ordinary() -> None:
     small = compact(model, torch.zeros(1, 3, 32, 32))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert small.training
-    assert all(type(module).__module__.startswith("torch.nn") for module in list(small.modules())[1:])
+    made = [module for module in list(small.modules())[1:] if not isinstance(module, Scatter)]
+    assert all(type(module).__module__.startswith("torch.nn") for module in made)
     weight = small.get_submodule("layer1.0.conv1").weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert weight.requires_grad
-    assert set(small.state_dict()) <= {name for name in before if not name.endswith("mask")} | {
-        f"{name}.bias" for name in pruner.layers
-    }
+    known = {name for name in before if not name.endswith("mask")} | {f"{name}.bias" for name in pruner.layers}
+    assert {name for name in small.state_dict() if not name.startswith("scatter_")} <= known
     assert difference(model.eval(), copy.deepcopy(small).eval(), 2, 3, 32, 32, dtype=torch.float32) < 1e-5
 
 

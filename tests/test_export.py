@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fastprune import checkpoint, formats, network_file, run_folder, train
 from fastprune.export import CheckFailedError, check, main
 from fastprune.recipes import Config
 from fastprune.run_folder import RunError
+from fastprune.scatter import Scatter
 
 CONFIG: dict[str, Any] = {"model": "resnet20", "data": "embedded", "device": "cpu", "precision": "fp32", "min_kept": 2}
 
@@ -62,6 +64,21 @@ def test_runs_are_exported_and_checked(
         assert sum(p.numel() for p in loaded.parameters()) < 272_474
         assert loaded.meta["info"]["model"] == "resnet20"
         assert loaded.meta["inputs"] == [{"shape": [1, 3, 32, 32], "dtype": "float32"}]
+
+
+def test_branches_of_fewer_channels_are_exported() -> None:
+    """As a convolution, which ONNX Runtime is fast at, where eager PyTorch adds to some channels."""
+    torch.manual_seed(0)
+    model = fastprune.models.create("resnet20").eval()
+    pruner = fastprune.FilterPruner(model, rate=0.0)
+    pruner.set_masks({"layer3.1.conv2": torch.arange(64) % 4 == 3, "layer3.2.conv2": torch.zeros(64).bool()})
+    images = torch.randn(3, 3, 32, 32)
+    small = fastprune.compact(model, images)
+    assert [module.kept for module in small.modules() if isinstance(module, Scatter)] == [16, 0]
+    exported = formats.onnx_bytes(small, images[:1])
+    assert not [node.op_type for node in onnx.load_from_string(exported).graph.node if "Scatter" in node.op_type]
+    (found,) = formats.onnx_session(exported).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), model(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_without_compact_pruned_weights_are_zeros(
