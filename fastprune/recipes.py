@@ -121,7 +121,7 @@ class Config:
     """Stop after the epoch that reaches this test top-1, in percent."""
 
     def __post_init__(self) -> None:
-        if self.model not in models.NAMES:
+        if not models.exists(self.model):
             raise ValueError(f"--model must be one of {', '.join(models.NAMES)}; got {self.model!r}")
         counts = ("epochs", "batch_size", "accumulate", "prune_every", "max_steps", "limit_train", "limit_test")
         for name in (*counts, "round_to", "image_size", "lr"):

@@ -229,7 +229,8 @@ def test_the_widest_resnet50_has_the_tensors_of_torchvisions() -> None:
 def test_an_encoding_may_stand_behind_the_name() -> None:
     encoding = [15, 3, 30, 0, 8, 8, 8, 8, 8, 8, 8, 12]
     name = "resnet20@15-3-30-0-8-8-8-8-8-8-8-12"
-    assert name in models.NAMES
+    assert models.exists(name)
+    assert not any(map(models.exists, ("resnet20@", "resnet20@1-x", "resnet18@1", "resnet21")))
     torch.manual_seed(0)
     by_name = models.create(name, num_classes=3)
     torch.manual_seed(0)

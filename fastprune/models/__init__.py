@@ -11,7 +11,7 @@ from ..metapruning import encoding as encodings
 from ..metapruning.network import PlainNetwork
 from .resnet import cifar_resnet, torchvision_resnet
 
-__all__ = ["NAMES", "Stem", "create", "described"]
+__all__ = ["NAMES", "Stem", "create", "described", "exists"]
 
 Stem = Literal["cifar", "imagenet"]
 
@@ -21,22 +21,15 @@ _MOBILENETS = ("mobilenet_v1", "mobilenet_v2")
 _WITH_ENCODINGS = (*_CIFAR_DEPTHS, "resnet50", *_MOBILENETS)
 
 
-class _Names(tuple[str, ...]):
-    """The names; a name with an encoding behind an @ is one of them, too."""
-
-    __slots__ = ()
-
-    def __contains__(self, name: object) -> bool:
-        if not isinstance(name, str) or "@" not in name:
-            return super().__contains__(name)
-        try:
-            _split(name)
-        except ValueError:
-            return False
-        return True
+NAMES: tuple[str, ...] = (*_CIFAR_DEPTHS, *_TORCHVISION, *_MOBILENETS)
 
 
-NAMES: tuple[str, ...] = _Names((*_CIFAR_DEPTHS, *_TORCHVISION, *_MOBILENETS))
+def exists(name: str) -> bool:
+    """Whether :func:`create` knows it: one of ``NAMES``, or a name with an encoding behind an @."""
+    try:
+        return (_split(name)[0] if "@" in name else name) in NAMES
+    except ValueError:
+        return False
 
 
 def create(name: str, num_classes: int = 10, stem: Stem = "cifar", encoding: Sequence[int] | None = None) -> nn.Module:
