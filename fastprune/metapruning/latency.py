@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ Measure = Callable[[nn.Module, tuple[int, ...]], float]
 """Milliseconds of a forward pass of a module on an input of a shape."""
 
 _FITTED, _CHECKED = 16, 20  # networks measured whole: to fit the correction, to see how good the predictions are
+_ROUNDS = 7  # over everything to be measured; what slows a machine down lasts longer than a measurement
 TOLERANCE = 0.05
 
 
@@ -154,31 +157,47 @@ class LatencyTable:
         }
         if not missing:
             return
-        bar = tqdm(missing.items(), desc="latency table", unit="layer", leave=False, disable=not sys.stderr.isatty())
-        for key, (layer, encoding) in bar:
-            self.entries[key] = self._measure_unit(layer, encoding)
+        shortest = self._shortest([partial(self._unit, *pair) for pair in missing.values()], "layer")
+        self.entries.update(zip(missing, shortest, strict=True))
         self.save()
 
-    def _measure_unit(self, layer: Layer | None, encoding: Encoding) -> float:
+    def _shortest(self, makers: Sequence[Callable[[], tuple[nn.Module, tuple[int, ...]]]], unit: str) -> list[float]:
+        """Milliseconds of modules on their inputs: of several rounds over all of them, the shortest of each."""
+        silent = not sys.stderr.isatty()
+        bar = tqdm(total=_ROUNDS * len(makers), desc="latency table", unit=unit, leave=False, disable=silent)
+        found = [math.inf] * len(makers)
+        for _ in range(_ROUNDS):
+            for number, make in enumerate(makers):
+                found[number] = min(found[number], self.measure(*make()))
+                bar.update()
+        bar.close()
+        return found
+
+    def _unit(self, layer: Layer | None, encoding: Encoding) -> tuple[nn.Module, tuple[int, ...]]:
+        """A layer, or the classifier, and the shape of its input."""
         if layer is None:
             features, side = self.description.features.channels(encoding), self.layers[-1].output_side
             head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(features, self.num_classes))
-            return self.measure(head, (self.setting.batch, features, side, side))
+            return head, (self.setting.batch, features, side, side)
         activation = {"relu": nn.ReLU, "relu6": nn.ReLU6}[self.description.activation]
         shape = (self.setting.batch, layer.conv.inputs.channels(encoding), layer.input_side, layer.input_side)
-        return self.measure(_Unit(layer, encoding, activation), shape)
+        return _Unit(layer, encoding, activation), shape
 
-    def measure_network(self, encoding: Encoding) -> float:
-        """Milliseconds of the whole network of an encoding."""
+    def measure_networks(self, encodings: Sequence[Encoding]) -> NDArray[np.float64]:
+        """Milliseconds of the whole network of each encoding."""
         shape = (self.setting.batch, 3, self.resolution, self.resolution)
-        return self.measure(PlainNetwork(self.description, encoding, self.num_classes), shape)
+
+        def network(encoding: Encoding) -> tuple[nn.Module, tuple[int, ...]]:
+            return PlainNetwork(self.description, encoding, self.num_classes), shape
+
+        return np.array(self._shortest([partial(network, encoding) for encoding in encodings], "network"))
 
     def fit_and_check(self, seed: int = 0) -> dict[str, float]:
         """Fit the correction to random networks measured whole, and see how good it is for 20 others; keep both."""
         rng = np.random.default_rng(seed)
         genes = len(self.description.genes)
         encodings = as_encodings(rng.integers(CHOICES, size=(_FITTED + _CHECKED, genes)))
-        sums, measured = self.sums(encodings), np.array([self.measure_network(encoding) for encoding in encodings])
+        sums, measured = self.sums(encodings), self.measure_networks(encodings)
         # Least squares of the relative error.
         rows = np.column_stack([sums, np.ones(len(sums))])[:_FITTED] / measured[:_FITTED, None]
         (scale, offset), *_ = np.linalg.lstsq(rows, np.ones(_FITTED), rcond=None)
@@ -234,7 +253,7 @@ def _key(layer: Layer, encoding: Encoding) -> str:
 
 @torch.inference_mode()
 def measure_ms(
-    module: nn.Module, shape: tuple[int, ...], setting: Setting, runs: int = 12, least_ms: float = 20
+    module: nn.Module, shape: tuple[int, ...], setting: Setting, runs: int = 6, least_ms: float = 10
 ) -> float:
     """Milliseconds of a forward pass in eval mode: the shortest of several, the one that was disturbed least.
 
