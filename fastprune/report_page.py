@@ -13,7 +13,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from . import html, plots, report, run_folder
+from . import html, plots, recipes, report, run_folder
 from .checkpoint import write_atomically
 from .compact import compact
 from .cost import Cost, cost
@@ -35,7 +35,7 @@ class Options:
     html: Path | None = None
     """The page; report.html in the run's folder, or comparison.html here for several runs, if not given."""
     latency: bool = False
-    """Measure each run's network, masked and compact (a minute or more for each run)."""
+    """Measure each run's network, as large as at first and compact (a minute or more for each run)."""
 
     def __post_init__(self) -> None:
         if not self.runs:
@@ -115,12 +115,18 @@ class Run:
             return str(error)
 
     @cached_property
+    def dense(self) -> nn.Module:
+        """Its network as large as it was at first; of random weights."""
+        assert not isinstance(self.network, str)
+        return run_folder.dense_network(recipes.read_config(self.folder), self.network[0])
+
+    @cached_property
     def costs(self) -> tuple[Cost, Cost] | None:
-        """What an image costs with the dense network, and with what the masks leave; None where it cannot be said."""
+        """What an image costs with the dense network, and with what is left of it; None where it cannot be said."""
         if isinstance(self.network, str):
             return None
         model, example = self.network
-        return cost(model, example, masked=False), cost(model, example)
+        return cost(self.dense, example), cost(model, example)
 
 
 def _of_one(run: Run) -> list[str]:
@@ -269,9 +275,9 @@ def _latency(run: Run, several: bool) -> list[str]:
     if isinstance(run.network, str):
         return [title, html.paragraph(f"Not known: {run.network}.", soft=True)]
     model, example = run.network
-    found = latency({"masked": model, "compact": compact(model, example)}, example)
+    found = latency({"dense": run.dense, "compact": compact(model, example)}, example)
     told = (
         f"{found.device}, {found.threads} threads. Medians of calls that took turns, and half the distance of the "
-        "quartiles; speed-ups are against the masked network."
+        "quartiles; speed-ups are against the network as large as it was at first."
     )
     return [title, html.paragraph(told, soft=True), html.table(found.rows(), left=(0, 2))]

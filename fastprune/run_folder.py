@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError
 from .recipes import Config, read_config
 from .train import CHECKPOINT
 
-__all__ = ["RunError", "image_shape", "image_statistics", "load_network"]
+__all__ = ["RunError", "dense_network", "image_shape", "image_statistics", "load_network"]
 
 _SIDES = {"cifar10": 32, "cifar100": 32, "embedded": 32}  # pixels, of data sets that have one size
 
@@ -45,6 +45,11 @@ def load_network(run: Path) -> tuple[Config, nn.Module]:
     except (RuntimeError, KeyError, TypeError) as error:
         raise RunError(f"{run / CHECKPOINT} does not fit to {run / 'config.json'}: {error}") from error
     return config, model.eval()
+
+
+def dense_network(config: Config, model: nn.Module) -> nn.Module:
+    """The network of :func:`load_network` as large as at first, untrained, in eval mode on the CPU."""
+    return network.make_model(config, _count_classes(config, model.state_dict()), torch.device("cpu")).eval()
 
 
 def _count_classes(config: Config, state: dict[str, Any]) -> int:

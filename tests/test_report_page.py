@@ -85,8 +85,8 @@ def test_one_run_is_drawn_and_put_on_a_page(tmp_path: Path, capsys: pytest.Captu
         ["1", "0.500", "62.00 %", "0.500", "61.00 %"],
         ["2", "0.500", "63.00 %", "0.500", "62.00 %"],
     ]
-    assert ["layer1.0.conv1", "MaskedConv2d", "2,359,296", "25%", "2,304", "25%"] in layers
-    assert ["conv1", "MaskedConv2d", "442,368", "50%", "432", "50%"] in layers
+    assert ["layer1.0.conv1", "Conv2d", "2,359,296", "25%", "2,304", "25%"] in layers
+    assert ["conv1", "Conv2d", "442,368", "50%", "432", "50%"] in layers
     assert ["prune_rate", "0.5"] in settings
 
 
@@ -160,12 +160,32 @@ def test_tables_name_their_rows_and_columns() -> None:
     assert '<th scope="row" class="left">c</th><td>1 &lt; 2</td>' in text
 
 
+def test_a_run_that_went_on_with_a_small_network_is_set_against_what_it_began_with(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"data": "embedded", "limit_train": 16, "limit_test": 8, "batch_size": 8, "image_size": 8}
+    pruning: dict[str, Any] = {
+        "prune_rate": 0.5,
+        "prune_every": 1,
+        "prune_until": 0.5,
+        "couple": True,
+        "compact_when_frozen": True,
+    }
+    train.run(Config(model="resnet20", device="cpu", epochs=2, out=tmp_path, **data, **pruning))
+    draw(Options((tmp_path,)))
+    page = Page(tmp_path / "report.html")
+    (layer,) = (row for row in page.tables[1] if row[0] == "layer3.1.conv1")
+    assert (layer[2], layer[4]) == ("147,456", "36,864")
+    assert int(layer[3].rstrip("%")) < 60
+    shares = re.findall(r"(?:MACs|parameters) left (\d+\.\d)%", re.sub(r"\s+", " ", " ".join(page.text)))
+    assert [share for share in shares if float(share) < 90] == shares
+    assert len(shares) == 2
+
+
 @pytest.mark.slow
 def test_latencies_are_measured_for_each_run(tmp_path: Path) -> None:
     run = run_with_network(tmp_path / "a", 0.5, 60.0)
     draw(Options((run,), latency=True))
     rows = Page(run / "report.html").tables[-1]
-    assert [row[:3] for row in rows[1:3]] == [["eager", "1", "masked"], ["eager", "1", "compact"]]
+    assert [row[:3] for row in rows[1:3]] == [["eager", "1", "dense"], ["eager", "1", "compact"]]
     assert len(rows) == 1 + 3 * 2 * 2
 
 
