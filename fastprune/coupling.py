@@ -29,7 +29,9 @@ def written_channels(model: nn.Module, example_input: Tensor | tuple[Any, ...]) 
         ValueError: for a model that cannot be traced.
     """
     network = trace(model, example_input)
-    analysis = analyse(network, effective_weights(network, {}))
+    # Whatever the weights are now: filters that begin as zeros will not stay so.
+    weights = {name: torch.ones_like(weight) for name, weight in effective_weights(network, {}).items()}
+    analysis = analyse(network, weights)
     convolutions = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
     return {
         str(node.target): analysis.roots(channels.ids)

@@ -31,6 +31,14 @@ def test_a_stream_is_written_by_all_that_are_added_to_it() -> None:
     assert len(set(everything)) == len(everything), "what is inside a block is nobody else's"
 
 
+def test_a_branch_that_begins_as_zeros_writes_to_its_stream() -> None:
+    model = models.create("resnet20")
+    expected = groups(model)
+    for block in range(3):
+        nn.init.zeros_(model.get_submodule(f"layer2.{block}.conv2").weight)
+    assert groups(model) == expected
+
+
 def test_a_depthwise_filter_goes_with_the_one_it_reads() -> None:
     written = groups(torchvision.models.mobilenet_v2(num_classes=10))
     assert written["features.2.conv.0.0"] == written["features.2.conv.1.0"]
