@@ -61,8 +61,9 @@ def clone(tmp_path: Path) -> Clone:
 
 
 def test_made_from_nothing_then_used_again(clone: Clone) -> None:
-    assert clone.make("test", "ARGS=-x") == ["venv", *INSTALL, "-m pytest -x"]
-    assert clone.make("test") == ["-m pytest"]
+    tests = "-m pytest -n auto --maxprocesses 8 --dist loadfile"
+    assert clone.make("test", "ARGS=-x") == ["venv", *INSTALL, f"{tests} -x"]
+    assert clone.make("test") == [tests]
 
 
 def test_a_changed_source_builds_and_installs_nothing(clone: Clone) -> None:
