@@ -9,8 +9,8 @@
 4. The time for a candidate, beside the original way's: a network built to count FLOPs, and whole weight tensors
    generated in every forward pass to be sliced.
 
-Stop it whenever you like: the same command goes on. What is finished is not done again. The result is
-``OUT/evidence.json``, and printed.
+Stop it whenever you like: the same command goes on. What is finished is not done again. Results are printed, and
+written to ``OUT/evidence.json``, part by part.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,25 +101,21 @@ def compare(config: SearchConfig, space: Space, best: Encoding, seeds: int, out:
     return found
 
 
-def rank(trainer: PruningTrainer, space: Space, count: int, out: Path) -> dict[str, Any]:
-    """Kendall's τ of fitness and accuracy over random encodings of any cost, and of those of about half of the MACs."""
-    everything = Space(space.description, space.resolution, space.num_classes)
-    found: dict[str, Any] = {}
-    for name, among in (("any cost", everything), ("45 to 50 % of the MACs", space)):
-        encodings = random_encodings(np.random.default_rng(7), among, count, ())
-        after = [accuracy(trainer.config, encoding, 0, out) for encoding in encodings]
-        fitness = {
-            "recalibrated": [trainer.fitness()(encoding).top1 for encoding in encodings],
-            "not recalibrated": [trainer.fitness(recalibration=0)(encoding).top1 for encoding in encodings],
-        }
-        taus = {way: kendall_tau(values, after) for way, values in fitness.items()}
-        found[name] = {
-            "encodings": [list(encoding) for encoding in encodings],
-            "top1_after_training": after,
-            "fitness": fitness,
-            "kendall_tau": {way: None if tau != tau else tau for way, tau in taus.items()},
-        }
-    return found
+def rank(trainer: PruningTrainer, among: Space, count: int, out: Path) -> dict[str, Any]:
+    """Kendall's τ of fitness and accuracy over random encodings."""
+    encodings = random_encodings(np.random.default_rng(7), among, count, ())
+    after = [accuracy(trainer.config, encoding, 0, out) for encoding in encodings]
+    fitness = {
+        "recalibrated": [trainer.fitness()(encoding).top1 for encoding in encodings],
+        "not recalibrated": [trainer.fitness(recalibration=0)(encoding).top1 for encoding in encodings],
+    }
+    taus = {way: kendall_tau(values, after) for way, values in fitness.items()}
+    return {
+        "encodings": [list(encoding) for encoding in encodings],
+        "top1_after_training": after,
+        "fitness": fitness,
+        "kendall_tau": {way: None if tau != tau else tau for way, tau in taus.items()},
+    }
 
 
 @torch.no_grad()
@@ -200,15 +197,23 @@ def main() -> None:
     summary = search.run(dataclasses.replace(config, stage="evolve", resume=config.out))
     trainer = trained(config)
     space = search.make_space(config, trainer.images)
-    evidence: dict[str, Any] = {"search": summary["search"], "final_epochs": config.final_epochs}
-    evidence["times"] = times(trainer, space, options.timed)
+    everything = Space(space.description, space.resolution, space.num_classes)
     best = tuple(summary["search"]["best"])
-    evidence["comparison"] = compare(config, space, best, options.seeds, options.out / "trained")
-    evidence["rank"] = rank(trainer, space, options.encodings, options.out / "trained")
-    write_json(options.out / "evidence.json", evidence, "the evidence")
-    shown = {name: evidence[name] for name in ("times", "comparison")}
-    shown["kendall_tau"] = {name: found["kendall_tau"] for name, found in evidence["rank"].items()}
-    print(json.dumps(shown, indent=2))
+    parts: dict[str, Callable[[], Any]] = {
+        "times": lambda: times(trainer, space, options.timed),
+        "comparison": lambda: compare(config, space, best, options.seeds, options.out / "trained"),
+        "rank, any cost": lambda: rank(trainer, everything, options.encodings, options.out / "trained"),
+        "rank, within the budget": lambda: rank(trainer, space, options.encodings, options.out / "trained"),
+    }
+    result = options.out / "evidence.json"
+    evidence = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
+    evidence |= {"search": summary["search"], "final_epochs": config.final_epochs}
+    for name, part in parts.items():
+        if name not in evidence:
+            evidence[name] = part()
+            write_json(result, evidence, "the evidence")
+        shown = {key: value for key, value in evidence[name].items() if key not in ("fitness", "encodings")}
+        print(name, json.dumps(shown, indent=2), flush=True)
 
 
 if __name__ == "__main__":
