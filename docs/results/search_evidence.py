@@ -16,9 +16,11 @@ written to ``OUT/evidence.json``, part by part.
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,17 @@ def accuracy(config: SearchConfig, encoding: Encoding, seed: int, out: Path) -> 
     return float(json.loads(summary.read_text(encoding="utf-8"))["last"]["test"]["top1"])
 
 
+def train_all(config: SearchConfig, wanted: Sequence[tuple[Encoding, int]], out: Path, workers: int) -> list[float]:
+    """The accuracies of encodings and seeds, trained by several processes with a thread each.
+
+    Two such processes train small networks more than twice as fast as one with two threads does.
+    """
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+    with pool:
+        futures = [pool.submit(accuracy, config, encoding, seed, out) for encoding, seed in wanted]
+        return [future.result() for future in futures]
+
+
 def trained(config: SearchConfig) -> PruningTrainer:
     """The PruningNet, loaded."""
     images = data.load(config.data, root=config.data_root, image_size=config.image_size, seed=config.seed)
@@ -82,12 +95,13 @@ def trained(config: SearchConfig) -> PruningTrainer:
     return trainer
 
 
-def compare(config: SearchConfig, space: Space, best: Encoding, seeds: int, out: Path) -> dict[str, Any]:
+def compare(config: SearchConfig, space: Space, best: Encoding, seeds: int, out: Path, workers: int) -> dict[str, Any]:
     """The best encoding and the uniform one, over the seeds."""
     uniform = space.uniform("macs", space.costs_of(best)["macs"])
+    wanted = [(encoding, seed) for encoding in (best, uniform) for seed in range(seeds)]
+    accuracies = train_all(config, wanted, out, workers)
     found: dict[str, Any] = {}
-    for name, encoding in (("best", best), ("uniform", uniform)):
-        top1 = [accuracy(config, encoding, seed, out) for seed in range(seeds)]
+    for name, encoding, top1 in (("best", best, accuracies[:seeds]), ("uniform", uniform, accuracies[seeds:])):
         found[name] = {
             "encoding": list(encoding),
             "macs": space.costs_of(encoding)["macs"],
@@ -101,10 +115,10 @@ def compare(config: SearchConfig, space: Space, best: Encoding, seeds: int, out:
     return found
 
 
-def rank(trainer: PruningTrainer, among: Space, count: int, out: Path) -> dict[str, Any]:
+def rank(trainer: PruningTrainer, among: Space, count: int, out: Path, workers: int) -> dict[str, Any]:
     """Kendall's τ of fitness and accuracy over random encodings."""
     encodings = random_encodings(np.random.default_rng(7), among, count, ())
-    after = [accuracy(trainer.config, encoding, 0, out) for encoding in encodings]
+    after = train_all(trainer.config, [(encoding, 0) for encoding in encodings], out, workers)
     fitness = {
         "recalibrated": [trainer.fitness()(encoding).top1 for encoding in encodings],
         "not recalibrated": [trainer.fitness(recalibration=0)(encoding).top1 for encoding in encodings],
@@ -183,6 +197,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--final-epochs", type=int, default=5, help="of each network trained from scratch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--encodings", type=int, default=8, help="of each rank correlation")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train networks from scratch")
     parser.add_argument("--timed", type=int, default=20, help="candidates to time")
     return parser.parse_args()
 
@@ -199,11 +214,12 @@ def main() -> None:
     space = search.make_space(config, trainer.images)
     everything = Space(space.description, space.resolution, space.num_classes)
     best = tuple(summary["search"]["best"])
+    folder, workers = options.out / "trained", options.workers
     parts: dict[str, Callable[[], Any]] = {
         "times": lambda: times(trainer, space, options.timed),
-        "comparison": lambda: compare(config, space, best, options.seeds, options.out / "trained"),
-        "rank, any cost": lambda: rank(trainer, everything, options.encodings, options.out / "trained"),
-        "rank, within the budget": lambda: rank(trainer, space, options.encodings, options.out / "trained"),
+        "comparison": lambda: compare(config, space, best, options.seeds, folder, workers),
+        "rank, any cost": lambda: rank(trainer, everything, options.encodings, folder, workers),
+        "rank, within the budget": lambda: rank(trainer, space, options.encodings, folder, workers),
     }
     result = options.out / "evidence.json"
     evidence = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
