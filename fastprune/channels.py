@@ -339,7 +339,7 @@ def _combined(found: Analysis, node: fx.Node) -> Channels | None:
     if len(first.ids) != len(second.ids):
         return None
     constants = function(first.constants, second.constants)
-    if function is np.add and len(sizes[0] or ()) == 4:
+    if function is np.add and len(sizes[0] or ()) == 4 and sizes[0] == sizes[1]:
         (stream, branch), (node_of_stream, node_of_branch) = (first, second), nodes
         if np.isnan(stream.constants).sum() < np.isnan(branch.constants).sum():
             (stream, branch), (node_of_stream, node_of_branch) = (second, first), nodes[::-1]

@@ -295,6 +295,23 @@ def test_a_constant_branch_goes_with_everything_that_only_it_reads() -> None:
     assert difference(network, shallow, 2, 3, 32, 32) < 1e-10
 
 
+@pytest.mark.parametrize("constant", ["whole", "pooled"])
+def test_what_is_added_to_every_place_is_no_branch(constant: str) -> None:
+    class Broadcast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.pooled, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.whole(x) + self.pooled(x.mean((2, 3), keepdim=True)))
+
+    torch.manual_seed(0)
+    model = randomised(Broadcast()).double()
+    FilterPruner(model, 0.0, every=10**6).set_masks({constant: torch.zeros(8).bool()})
+    small = compact(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    assert difference(model, small, 2, 3, 8, 8) < 1e-12
+
+
 def test_what_is_scattered_trains_on() -> None:
     """The gradients of what is left are those of the masked network."""
     model = streams(torch.arange(64) % 4 == 1, torch.arange(64) % 2 == 0)
