@@ -29,6 +29,8 @@ from .gram_statistics import (
 from .tables import COEFFICIENTS, COLUMNS, FILTERS, FIRST, SIZE, SLOT, TASKS, TILE, Call, Layer, Work, place
 from .tasks import signal, sum_slots, take, wait
 
+REGISTERS = 248  # left alone, ptxas spills a few to keep under 64
+
 
 @triton.jit
 def store_signs(codes, words, rows, first_column, filters, SIDE: tl.constexpr):
@@ -219,4 +221,5 @@ def forward(call: Call, coefficients: Tensor, penalty: Tensor) -> None:
         PRECISION=call.precision,
         HAS_WIDE=table.tile == WIDE.value,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )

@@ -19,8 +19,9 @@ from .tables import COLUMNS, FILTERS, FIRST, GRADIENT, SIZE, SIZES, STRIDES, WEI
 from .tasks import signal, sum_slots
 
 WARPS = 8
+REGISTERS = 168  # of the backward: left alone, ptxas spills a few to keep under 128
 SLICES = tl.constexpr(128)
-WIDEST = 32  # elements of a row that are worked on at once, at most
+WIDEST = 8  # elements of a row that are worked on at once, at most
 
 
 @triton.jit
@@ -192,5 +193,6 @@ def backward(call: Call, grad: Tensor) -> list[Tensor]:
         DTYPE=call.dtype,
         WIDTH=width_of(call),
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
     return gradients

@@ -32,7 +32,8 @@ from .tables import (
 )
 from .tasks import signal, sum_slots, take, wait
 
-WARPS = 4
+WARPS = 8
+REGISTERS = 128  # of the forward: left alone, ptxas spills a few to keep under 64
 # Filters and elements of a task; the other dimension is gone through in steps of the other's size.
 ROWS = tl.constexpr(16)
 SPAN = tl.constexpr(128)
@@ -259,6 +260,7 @@ def forward(call: Call, coefficients: Tensor, penalty: Tensor) -> None:
         penalty,
         DTYPE=call.dtype,
         num_warps=WARPS,
+        maxnreg=REGISTERS,
     )
 
 

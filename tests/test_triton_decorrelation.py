@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import cases
 import cuda_kernels as cuda
 import pytest
 import torch
-import triton
+import triton_compiled
 from ptxrun import PtxError
 from simulated import Gpu
 from simulated import triton as driver
@@ -53,35 +52,19 @@ def same_bits(left: Result, right: Result) -> bool:
     return all(map(torch.equal, [*left[:2], *left[2]], [*right[:2], *right[2]]))
 
 
-def compiled(arch: str, name: str) -> list[Any]:
-    """What was compiled so far of a kernel of one of the modules."""
-    package = "fastprune.kernels"
-    modules = [importlib.import_module(f"{package}.{path.stem}") for path in Path(kernels.__path__[0]).glob("*.py")]
-    (function,) = {getattr(module, name) for module in modules if hasattr(module, name)}
-    return list(function.device_caches[int(arch.removeprefix("sm_"))][0].values())
-
-
-def resources(arch: str, ptx: str, folder: Path) -> tuple[int, int]:
-    """Registers of a thread and bytes of local memory, by ptxas."""
-    (folder / "kernel.ptx").write_text(ptx)
-    target = re.search(r"\.target (\w+)", ptx)
-    assert target
-    report = subprocess.run(
-        [
-            triton.knobs.nvidia.ptxas.path,
-            "-v",
-            f"-arch={target[1]}",
-            "-o",
-            folder / "kernel.cubin",
-            folder / "kernel.ptx",
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    registers = re.search(r"Used (\d+) registers", report)
-    assert registers, report
-    return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)))
+def made(
+    arch: str, weights: Sequence[Tensor], kind: str, mask: Tensor | None = None, precision: str = "highest"
+) -> list[str]:
+    """The PTX of both kernels, which are compiled and not executed."""
+    ops = importlib.import_module("fastprune.kernels.decorrelation")
+    found: list[str] = []
+    resident = driver.Resident()
+    weights, mask = [resident.put(weight) for weight in weights], resident.put(mask)
+    with pytest.MonkeyPatch.context() as patch, driver.active(Gpu(arch)), resident:
+        patch.setattr(driver.Launcher, "__call__", lambda self, *_: found.append(self.loaded.ptx))
+        penalty, coefficients = ops.decorrelation(weights, kind, True, mask, precision)
+        ops.decorrelation_backward(torch.ones_like(penalty), weights, coefficients, kind, True, mask, precision)
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -92,34 +75,37 @@ def test_one_launch_each_way_whatever_the_number_of_layers(kind: str) -> None:
         assert len(gpu.stats) == 2
 
 
-@EITHER
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [
-        ("covariance", ("gram_forward", "gram_backward")),
-        ("correlation", ("gram_forward", "gram_backward")),
-        ("kernel-covariance", ("kernel_covariance_forward", "kernel_covariance_backward")),
-        ("orthogonality", ("orthogonality_forward", "orthogonality_backward")),
-    ],
-)
-def test_tensor_cores_and_no_local_memory(kind: str, names: tuple[str, str], arch: str, tmp_path: Path) -> None:
-    run(Gpu(arch), cases.random_weights(SHAPES), kind)
-    for made in itertools.chain(*(compiled(arch, name) for name in names)):
-        ptx = made.asm["ptx"]
-        registers, local_bytes = resources(arch, ptx, tmp_path)
-        assert local_bytes == 0
-        assert registers <= 255
-        if names[0] == "gram_forward":
-            assert re.search(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx)
+# Layers that need each variant of a kernel: wide tiles and none but narrow ones, and kernels of each width.
+VARIANTS: dict[str, list[cases.Shapes]] = {
+    "covariance": [SHAPES, [(16, 8)]],
+    "correlation": [SHAPES, [(16, 8)]],
+    "kernel-covariance": [[(4, 5, 2, width)] for width in (1, 2, 3, 7, 40)],
+    "orthogonality": [SHAPES],
+}
 
 
-def test_precisions_are_those_of_the_instructions() -> None:
-    results = {}
-    for precision, operands in (("high", "tf32.tf32"), ("medium", "bf16.bf16")):
-        results[precision] = run(Gpu("sm_80"), cases.random_weights(SHAPES), "covariance", precision=precision)
-        ptx = [made.asm["ptx"] for made in compiled("sm_80", "gram_forward")]
-        assert any(re.search(rf"mma\.sync\.\S*\.f32\.{operands}\.f32", text) for text in ptx)
-    assert results["high"][0] != results["medium"][0]
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensor_cores_and_no_local_memory(kind: str, dtype: torch.dtype, arch: str) -> None:
+    gram = kind in ("covariance", "correlation")
+    precisions = ("highest", "high", "medium") if gram and dtype == torch.float32 else ("highest",)
+    for shapes, precision in itertools.product(VARIANTS[kind], precisions):
+        for mask in (None, cases.random_mask(shapes)):
+            kernels = made(arch, cases.random_weights(shapes, dtype), kind, mask, precision)
+            assert len(kernels) == (1 if shapes == [(4, 5, 2, 1)] else 2)  # one column has no covariance
+            for ptx in kernels:
+                local, registers = triton_compiled.local_bytes_and_registers(ptx, arch)
+                assert local == 0, (shapes, precision, mask is None)
+                assert registers <= 255
+                assert not gram or re.search(r"\b(?:mma\.sync|wgmma\.mma_async)", ptx)
+
+
+@pytest.mark.parametrize(("precision", "operands"), [("high", "tf32.tf32"), ("medium", "bf16.bf16")])
+def test_precisions_are_those_of_the_instructions(precision: str, operands: str) -> None:
+    for ptx in made("sm_80", cases.random_weights(SHAPES), "covariance", precision=precision):
+        assert re.search(rf"mma\.sync\.\S*\.f32\.{operands}\.f32", ptx)
 
 
 def test_no_matrix_of_covariances_is_written() -> None:
