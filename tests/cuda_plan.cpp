@@ -13,6 +13,7 @@ int32_t large_capacity() { return kLargeTable; }
 int32_t weight_passes() { return kWeightPasses; }
 int32_t weight_digit_shift(int32_t pass) { return kWeightDigits[pass].shift; }
 int32_t weight_digit_bits(int32_t pass) { return kWeightDigits[pass].bits; }
+int32_t weight_digit_first(int32_t pass) { return kWeightDigits[pass].first; }
 int64_t weight_selection_bytes() { return sizeof(WeightSelection); }
 int64_t rank_of(int64_t filters, double rate) { return threshold_rank(filters, rate); }
 

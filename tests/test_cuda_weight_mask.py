@@ -107,9 +107,8 @@ def test_bytes_of_resnet50() -> None:
     moved = sum(stats.bytes_moved for stats in gpu.stats)
     assert moved <= 1.05 * (4 * 4 * total + total)
     assert moved >= 0.95 * sum(stats.sector_bytes for stats in gpu.stats)
-    # Lanes of a warp that count in different bins of one bank; how many do depends on the weights.
-    waits = sum(stats.bank_conflicts for stats in gpu.stats)
-    assert waits <= 0.15 * sum(stats.shared_wavefronts for stats in gpu.stats)
+    for stats in gpu.stats[:-1]:
+        assert stats.bank_conflicts <= 0.05 * stats.shared_wavefronts
 
 
 @pytest.mark.parametrize(
@@ -121,7 +120,7 @@ def test_budget(arch: str) -> None:
     for name, kernel in budget.items():
         assert kernel.local_bytes == 0
         assert kernel.registers <= 64  # two blocks of 512 threads on a multiprocessor
-        assert kernel.shared_bytes <= 9 * 1024
+        assert kernel.shared_bytes <= 33 * 1024
         assert len(cuda.wide(kernel.ptx, "ld.global.nc")) >= 2  # two vectors in flight
         # The masks of a vector's weights are one store.
         widths = {"kernelId": "u16", "kernelIf": "u32"}
@@ -140,14 +139,14 @@ FAULTS = {
     "no barrier before the counting": (
         "race_shared",
         "weight_mask.cu",
-        "counts[i] = 0;\n  __syncthreads();",
-        "counts[i] = 0;",
+        "counts.clear();\n  __syncthreads();",
+        "counts.clear();",
     ),
     "no barrier after the counting": (
         "race_shared",
         "weight_mask.cu",
-        "  __syncthreads();\n  auto* totals",
-        "  auto* totals",
+        "  __syncthreads();\n  counts.add_to",
+        "  counts.add_to",
     ),
     "no fence before the ticket": (
         "race_global",
@@ -169,7 +168,12 @@ FAULTS = {
         "return left < Width ? static_cast<int32_t>(left) : Width",
         "return left < Width ? static_cast<int32_t>(left) + 1 : Width",
     ),
-    "a bin too many": ("oob", "weight_mask.cu", "i < bins; i += kThreads) counts", "i <= bins; i += kThreads) counts"),
+    "a word too many": (
+        "oob",
+        "weight_mask.cu",
+        "i < (columns ? bins * 16 : bins); i += kThreads",
+        "i <= (columns ? bins * 16 : bins); i += kThreads",
+    ),
     "vectors where there are none": ("misaligned", "vector.cuh", "place.layer.aligned ? size", "true ? size"),
     "half of the warp's mask": (
         "outside its member mask",

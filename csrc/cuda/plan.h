@@ -141,20 +141,20 @@ Table<Capacity> make_table(const Plan& plan, const Launch& launch) {
 }
 
 // An importance of weight_mask is a float32 that is not negative, which orders as its 31 bits do. They are
-// counted in digits, most significant first. The first is the exponent and two bits more: Inf and NaN, and
-// nothing else, are its last bins; and what a layer mostly consists of, in eight octaves, lies in 32 of them,
-// one in each bank of shared memory.
+// counted in digits, most significant first. The first is the exponent and one bit more: Inf and NaN, and
+// nothing else, are its last bins. The last one is so long because few importances begin with the other two.
 struct Digit {
   int32_t shift, bits;
+  int32_t first;  // of its 2^bits bins among those of all digits
 };
-inline constexpr Digit kWeightDigits[] = {{21, 10}, {10, 11}, {0, 10}};
+inline constexpr Digit kWeightDigits[] = {{22, 9, 0}, {13, 9, 512}, {0, 13, 1024}};
 inline constexpr int32_t kWeightPasses = 3;
-inline constexpr int32_t kWeightBins = 1 << 11;
-inline constexpr int32_t kInfinityBin = 0x7f800000 >> 21;
+inline constexpr int32_t kWeightBins = 1024 + 8192;
+inline constexpr int32_t kInfinityBin = 0x7f800000 >> 22;
 
 // What weight_mask's launches know of the threshold, on the device: zeros before the first.
 struct WeightSelection {
-  uint64_t counts[kWeightPasses][kWeightBins];
+  uint64_t counts[kWeightBins];
   uint64_t rank;   // of the threshold among the importances that begin with the digits found so far
   int32_t prefix;  // these digits, and at last the threshold; -1: an importance is not finite
   uint32_t tickets[kWeightPasses];

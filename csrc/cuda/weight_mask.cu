@@ -65,12 +65,60 @@ struct Pass {
   uint64_t rank;    // of the threshold, in the first pass
 };
 
+constexpr int32_t kWords = 1 << 13;
+
+// How often a block met each of a digit's bins. Where they fit, every lane counts in a column of its own,
+// which is a bank of shared memory: words of two bins, 16 bits each, enough for the weights of a block. So no
+// lane waits for another, whatever the weights are. Of a longer digit each bin is a word: it comes last, when
+// few weights are left to be counted, and lanes that meet the same bin are one access.
+struct BlockCounts {
+  uint32_t* words;     // [kWords], in shared memory
+  int32_t bins, lane;  // whole warps of bins
+  bool columns;
+  static_assert(kRowVectors * kVectorBytes / 2 < 1 << 16, "a block's weights, of 16 bits, fit a count");
+
+  __device__ BlockCounts(uint32_t* in, const Digit& digit)
+      : words(in), bins(1 << digit.bits), lane(threadIdx.x % 32), columns(bins * 16 <= kWords) {}
+
+  __device__ void clear() const {
+    for (int32_t i = threadIdx.x; i < (columns ? bins * 16 : bins); i += kThreads) words[i] = 0;
+  }
+
+  // `InColumns` is `columns`, known to the compiler.
+  template <bool InColumns>
+  __device__ void add(int32_t bin) const {
+    if (InColumns)
+      atomicAdd(&words[(bin >> 1) * 32 + lane], bin & 1 ? 1u << 16 : 1u);
+    else
+      atomicAdd(&words[bin], 1u);
+  }
+
+  // Adds the counts to those of all blocks.
+  __device__ void add_to(uint64_t* counts) const {
+    auto* totals = reinterpret_cast<unsigned long long*>(counts);
+    if (columns) {
+      // A thread for each bin; the two of a word share its columns, and each begins at a bank of its own.
+      for (int32_t bin = threadIdx.x; bin < bins; bin += kThreads) {
+        const int32_t row = bin / 2, half = bin % 2;
+        uint32_t both = 0;
+        for (int32_t i = 0; i < 16; ++i) both += words[row * 32 + half * 16 + (i + row) % 16];
+        both += __shfl_xor_sync(kWholeWarp, both, 1);
+        if (const uint32_t count = half ? both >> 16 : both & 0xffffu)
+          atomicAdd(&totals[bin], static_cast<unsigned long long>(count));
+      }
+    } else {
+      for (int32_t i = threadIdx.x; i < bins; i += kThreads)
+        if (words[i]) atomicAdd(&totals[i], static_cast<unsigned long long>(words[i]));
+    }
+  }
+};
+
 // By one block: the bin that holds the importance of that rank, and its rank there. Counts are read where the
 // atomics of all blocks left them.
 __device__ void find_bin(const Pass& pass, int32_t prefix, WeightSelection& selection) {
   __shared__ uint64_t sums[kThreads / 32];
   const int32_t each = (1 << pass.digit.bits) / kThreads, first = threadIdx.x * each;
-  const uint64_t* counts = selection.counts[pass.index];
+  const uint64_t* counts = selection.counts + pass.digit.first;
   const uint64_t rank = pass.index == 0 ? pass.rank : selection.rank;
   const int32_t lane = threadIdx.x % 32;
   uint64_t sum = 0;
@@ -96,25 +144,29 @@ __device__ void find_bin(const Pass& pass, int32_t prefix, WeightSelection& sele
 template <class T, int32_t Capacity>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void weight_counts_kernel(
     const __grid_constant__ Table<Capacity> table, Formula formula, Pass pass, WeightSelection* selection) {
-  __shared__ uint32_t counts[kWeightBins];
-  const int32_t bins = 1 << pass.digit.bits;
+  __shared__ uint32_t words[kWords];
   const int32_t prefix = selection->prefix;
   if (prefix < 0) return;  // there is nothing more to find
-  for (int32_t i = threadIdx.x; i < bins; i += kThreads) counts[i] = 0;
+  const BlockCounts counts(words, pass.digit);
+  counts.clear();
   __syncthreads();
-  for_importances<T>(place_of(table, blockIdx.x, threadIdx.x), formula,
-                     [&](int64_t, const auto& bits, int32_t count, auto) {
+  const Place place = place_of(table, blockIdx.x, threadIdx.x);
+  const auto count_all = [&]<bool InColumns>() {
+    for_importances<T>(place, formula, [&](int64_t, const auto& bits, int32_t count, auto) {
 #pragma unroll
-                       for (int32_t i = 0; i < kWidth<T>; ++i) {
-                         const int32_t digits = bits.x[i] >> pass.digit.shift;
-                         if (i < count && digits >> pass.digit.bits == prefix)
-                           atomicAdd(&counts[digits & (bins - 1)], 1u);
-                       }
-                     });
+      for (int32_t i = 0; i < kWidth<T>; ++i) {
+        const int32_t digits = bits.x[i] >> pass.digit.shift;
+        if (i < count && digits >> pass.digit.bits == prefix)
+          counts.add<InColumns>(digits & (counts.bins - 1));
+      }
+    });
+  };
+  if (counts.columns)
+    count_all.template operator()<true>();
+  else
+    count_all.template operator()<false>();
   __syncthreads();
-  auto* totals = reinterpret_cast<unsigned long long*>(selection->counts[pass.index]);
-  for (int32_t i = threadIdx.x; i < bins; i += kThreads)
-    if (counts[i]) atomicAdd(&totals[i], static_cast<unsigned long long>(counts[i]));
+  counts.add_to(selection->counts + pass.digit.first);
   if (is_last_block(&selection->tickets[pass.index], pass.blocks)) find_bin(pass, prefix, *selection);
 }
 

@@ -32,8 +32,8 @@ def weight_mask(
         rank = host.rank_of(sum(weight.numel() for weight in weights), rate)
         passes = []
         for i in range(host.weight_passes()):
-            digit = (host.weight_digit_shift(i), host.weight_digit_bits(i))
-            passes.append(("weight_counts_kernel", [cuda.ptxrun.pack_struct("3iIQ", i, *digit, plan.blocks, rank)]))
+            digit = (host.weight_digit_shift(i), host.weight_digit_bits(i), host.weight_digit_first(i))
+            passes.append(("weight_counts_kernel", [cuda.ptxrun.pack_struct("4iIQ", i, *digit, plan.blocks, rank)]))
         for kernel, arguments in (*passes, ("weight_mask_kernel", [])):
             name = cuda.kernel(on.loaded, kernel, [weights[0].dtype], plan.capacity)
             for grid in plan.grids:
