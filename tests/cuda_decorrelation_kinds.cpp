@@ -39,16 +39,13 @@ int64_t copy(const Table& table, void* to) {
 
 extern "C" {
 
-int32_t orthogonality_capacity(bool large) {
-  return large ? orthogonality::kLargeTable : orthogonality::kSmallTable;
-}
+int32_t orthogonality_capacity() { return orthogonality::kTable; }
 
 void* orthogonality_plan(const From* layers, int64_t count, int64_t element_size, bool backward,
-                         int32_t small_table, int32_t large_table, char* error) {
+                         int32_t capacity, char* error) {
   return make(
       [&](const std::vector<From>& from) {
-        return new orthogonality::Plan(
-            orthogonality::make_plan(from, element_size, backward, small_table, large_table));
+        return new orthogonality::Plan(orthogonality::make_plan(from, element_size, backward, capacity));
       },
       layers, count, error);
 }
@@ -65,22 +62,17 @@ void orthogonality_sizes(const orthogonality::Plan* plan, int64_t accumulator_si
 }
 
 // Writes a launch's table, a kernel parameter, and returns its size; nothing is written where `to` is null.
-int64_t orthogonality_table(const orthogonality::Plan* plan, int64_t launch, bool large, void* to) {
-  const auto& grid = plan->launches[launch];
-  return large ? copy(orthogonality::make_table<orthogonality::kLargeTable>(*plan, grid), to)
-               : copy(orthogonality::make_table<orthogonality::kSmallTable>(*plan, grid), to);
+int64_t orthogonality_table(const orthogonality::Plan* plan, int64_t launch, void* to) {
+  return copy(orthogonality::make_table(*plan, plan->launches[launch]), to);
 }
 
-int32_t kernel_covariance_capacity(bool large) {
-  return large ? kernel_covariance::kLargeTable : kernel_covariance::kSmallTable;
-}
+int32_t kernel_covariance_capacity() { return kernel_covariance::kTable; }
 
-void* kernel_covariance_plan(const From* layers, int64_t count, int64_t element_size, bool,
-                             int32_t small_table, int32_t large_table, char* error) {
+void* kernel_covariance_plan(const From* layers, int64_t count, int64_t element_size, bool, int32_t capacity,
+                             char* error) {
   return make(
       [&](const std::vector<From>& from) {
-        return new kernel_covariance::Plan(
-            kernel_covariance::make_plan(from, element_size, small_table, large_table));
+        return new kernel_covariance::Plan(kernel_covariance::make_plan(from, element_size, capacity));
       },
       layers, count, error);
 }
@@ -95,9 +87,7 @@ void kernel_covariance_sizes(const kernel_covariance::Plan* plan, int64_t, int64
   for (const auto& launch : plan->launches) *sizes++ = launch.blocks;
 }
 
-int64_t kernel_covariance_table(const kernel_covariance::Plan* plan, int64_t launch, bool large, void* to) {
-  const auto& grid = plan->launches[launch];
-  return large ? copy(kernel_covariance::make_table<kernel_covariance::kLargeTable>(*plan, grid), to)
-               : copy(kernel_covariance::make_table<kernel_covariance::kSmallTable>(*plan, grid), to);
+int64_t kernel_covariance_table(const kernel_covariance::Plan* plan, int64_t launch, void* to) {
+  return copy(kernel_covariance::make_table(*plan, plan->launches[launch]), to);
 }
 }

@@ -104,11 +104,12 @@ def module(op: str, arch: str, fault: tuple[str, str, str] | None = None) -> Mod
     return ptxrun.load(compile_ptx(op, arch, fault).read_text())
 
 
-def kernel(loaded: Module, name: str, dtypes: Sequence[torch.dtype], capacity: int) -> str:
-    """The mangled name of one instance of a kernel."""
+def kernel(loaded: Module, name: str, dtypes: Sequence[torch.dtype], capacity: int | None = None) -> str:
+    """The mangled name of one instance of a kernel, by its types and, if it takes one of several, its table."""
     first, *others = (_TYPES[dtype] for dtype in dtypes)
     arguments = first + "".join(rf"(?:{other}|S\d*_)" if other == first else other for other in others)
-    (found,) = (entry for entry in loaded.kernels if re.search(rf"{name}I{arguments}Li{capacity}E", entry))
+    pattern = rf"{name}I{arguments}" + ("E" if capacity is None else f"Li{capacity}E")
+    (found,) = (entry for entry in loaded.kernels if re.search(pattern, entry))
     return found
 
 
@@ -123,8 +124,8 @@ class Budget:
 
 
 def budget(op: str, arch: str) -> dict[str, Budget]:
-    """The resources of every kernel of an op, by its mangled name."""
-    path = compile_ptx(op, arch)
+    """The resources of every kernel of an op, by its mangled name: as in setup.py, of the PTX for sm_80."""
+    path = compile_ptx(op, "sm_80")
     with tempfile.TemporaryDirectory() as scratch:
         report = _run([NVCC, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", f"{scratch}/kernels.cubin", path])
     bodies = re.findall(r"^(?:\.visible )?\.entry (\w+)(.*?)^}", path.read_text(), re.MULTILINE | re.DOTALL)

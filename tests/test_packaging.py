@@ -50,7 +50,7 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         "esac\n"
     )
     nvcc.chmod(0o755)
-    for name in ("FASTPRUNE_NO_EXT", "FASTPRUNE_CUDA", "TORCH_CUDA_ARCH_LIST"):
+    for name in ("FASTPRUNE_NO_EXT", "FASTPRUNE_CUDA", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path))
@@ -67,14 +67,26 @@ def test_cuda_is_built_where_the_tools_are_whether_or_not_there_is_a_gpu(monkeyp
     cuda = given["ext_modules"][1]
     assert ("USE_CUDA", None) in cuda.define_macros
     assert {"/toolkit/lib", "/toolkit/lib/stubs"} <= set(cuda.library_dirs)
-    assert os.environ["TORCH_CUDA_ARCH_LIST"].endswith("+PTX")
+    # One PTX, code for each of these GPUs, and the PTX itself for all later ones.
+    targets = [flag.rpartition("=")[2] for flag in cuda.extra_compile_args["nvcc"] if "arch=compute_80," in flag]
+    assert targets == ["sm_80", "sm_90", "sm_100", "sm_120", "compute_80"]
+    assert cpp_extension._get_cuda_arch_flags(cuda.extra_compile_args["nvcc"]) == []  # torch adds none
 
 
 @pytest.mark.usefixtures("tools")
 def test_the_architectures_asked_for_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
+    flags = run_setup(monkeypatch)["ext_modules"][1].extra_compile_args["nvcc"]
+    assert cpp_extension._get_cuda_arch_flags(flags) == ["-gencode=arch=compute_100,code=sm_100"]
+
+
+@pytest.mark.usefixtures("tools")
+def test_as_many_jobs_as_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     run_setup(monkeypatch)
-    assert os.environ["TORCH_CUDA_ARCH_LIST"] == "10.0"
+    assert os.environ["MAX_JOBS"] == str(os.cpu_count())
+    monkeypatch.setenv("MAX_JOBS", "7")
+    run_setup(monkeypatch)
+    assert os.environ["MAX_JOBS"] == "7"
 
 
 @pytest.mark.usefixtures("tools")

@@ -63,8 +63,7 @@ __device__ void run_gradient(const Run& run, Accumulator<T>* tile, bool diagonal
   write_run<T>(run, result);
 }
 
-template <int32_t Capacity>
-__device__ const Layer& layer_of(const Table<Capacity>& table, int32_t block) {
+__device__ const Layer& layer_of(const Table& table, int32_t block) {
   int32_t low = 0, high = table.count - 1;  // the last layer that begins at or before the block
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
@@ -76,9 +75,9 @@ __device__ const Layer& layer_of(const Table<Capacity>& table, int32_t block) {
   return table.layers[low];
 }
 
-template <class T, int32_t Capacity>
+template <class T>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm<T>) void kernel_covariance_kernel(
-    const __grid_constant__ Table<Capacity> table, Work<Accumulator<T>> work, int32_t first_block) {
+    const __grid_constant__ Table table, Work<Accumulator<T>> work, int32_t first_block) {
   __shared__ Tile<Accumulator<T>> tile;
   const Layer& layer = layer_of(table, blockIdx.x);
   const Run run = run_of(layer, blockIdx.x - layer.first_block, work.mask, tile);
@@ -102,9 +101,9 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm<T>) void kernel_covariance_k
   if (threadIdx.x == 0) *work.penalty = static_cast<Accumulator<T>>(total);
 }
 
-template <class T, int32_t Capacity>
+template <class T>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm<T>) void kernel_covariance_backward_kernel(
-    const __grid_constant__ Table<Capacity> table, Work<Accumulator<T>> work) {
+    const __grid_constant__ Table table, Work<Accumulator<T>> work) {
   using A = Accumulator<T>;
   __shared__ Tile<A> tile;
   const Layer& layer = layer_of(table, blockIdx.x);
@@ -137,10 +136,7 @@ Plan plan_of(const Problem& problem) {
 template <class F>
 void for_launches(const Plan& plan, const F& f) {
   for (const Launch& launch : plan.launches) {
-    if (plan.capacity == kSmallTable)
-      f(make_table<kSmallTable>(plan, launch), launch);
-    else
-      f(make_table<kLargeTable>(plan, launch), launch);
+    f(make_table(plan, launch), launch);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }
@@ -163,8 +159,8 @@ void launch_forward(const Problem& problem, void* penalty, cudaStream_t stream) 
                      ticket,
                      static_cast<int32_t>(plan.blocks),
                      problem.call.diagonal};
-  for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& launch) {
-    kernel_covariance_kernel<T, Capacity><<<static_cast<uint32_t>(launch.blocks), kThreads, 0, stream>>>(
+  for_launches(plan, [&](const Table& table, const Launch& launch) {
+    kernel_covariance_kernel<T><<<static_cast<uint32_t>(launch.blocks), kThreads, 0, stream>>>(
         table, work, static_cast<int32_t>(launch.first_block));
   });
 }
@@ -176,8 +172,8 @@ void launch_backward(const Problem& problem, const void* grad, cudaStream_t stre
   work.mask = problem.mask;
   work.grad = static_cast<const A*>(grad);
   work.diagonal = problem.call.diagonal;
-  for_launches(plan_of(problem), [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& launch) {
-    kernel_covariance_backward_kernel<T, Capacity>
+  for_launches(plan_of(problem), [&](const Table& table, const Launch& launch) {
+    kernel_covariance_backward_kernel<T>
         <<<static_cast<uint32_t>(launch.blocks), kThreads, 0, stream>>>(table, work);
   });
 }

@@ -15,8 +15,7 @@ namespace fastprune::cuda::kernel_covariance {
 inline constexpr int64_t kTileBytes = 36864;          // of shared memory, for the slices of a block
 inline constexpr int64_t kZeroBytes = 16 * 4096;      // written by a block where there is no covariance
 inline constexpr int64_t kLargestFilter = INT32_MAX;  // strides within a filter are 32 bits
-inline constexpr int32_t kSmallTable = 56;
-inline constexpr int32_t kLargeTable = 440;
+inline constexpr int32_t kTable = 440;                // layers of a launch: 32 KB of parameters
 
 // How a block gets at its slices.
 enum class Way : int16_t {
@@ -41,10 +40,9 @@ struct Layer {
   int16_t aligned;  // whether the layer begins on a vector, in and out
 };
 
-template <int32_t Capacity>
 struct Table {
   int32_t count;
-  Layer layers[Capacity];
+  Layer layers[kTable];
 };
 
 // Layers [first, first + count) in one grid.
@@ -57,9 +55,8 @@ struct Launch {
 
 struct Plan {
   std::vector<Layer> layers;
-  std::vector<Launch> launches;  // one, up to kLargeTable layers; none where there is nothing to do
+  std::vector<Launch> launches;  // one, up to kTable layers; none where there is nothing to do
   int64_t blocks = 0;            // of all launches
-  int32_t capacity = kSmallTable;
 
   // Scratch: a double for each block, then the ticket.
   int64_t ticket() const { return 8 * blocks; }
@@ -112,14 +109,12 @@ std::pair<Layer, int64_t> lay_out(const From& from, int64_t element_size) {
 
 // `layers` are DecorrelationLayer of ../decorrelation.h, with gradients or, forward, without.
 template <class From>
-Plan make_plan(const std::vector<From>& layers, int64_t element_size, int32_t small_table = kSmallTable,
-               int32_t large_table = kLargeTable) {
+Plan make_plan(const std::vector<From>& layers, int64_t element_size, int32_t capacity = kTable) {
   Plan plan;
-  plan.capacity = static_cast<int64_t>(layers.size()) <= small_table ? small_table : large_table;
   for (const From& from : layers) {
     auto [layer, blocks] = lay_out(from, element_size);
     if (blocks == 0) continue;
-    if (plan.launches.empty() || plan.launches.back().count == plan.capacity)
+    if (plan.launches.empty() || plan.launches.back().count == capacity)
       plan.launches.push_back({static_cast<int64_t>(plan.layers.size()), 0, plan.blocks, 0});
     Launch& launch = plan.launches.back();
     layer.first_block = static_cast<int32_t>(launch.blocks);
@@ -133,9 +128,8 @@ Plan make_plan(const std::vector<From>& layers, int64_t element_size, int32_t sm
   return plan;
 }
 
-template <int32_t Capacity>
-Table<Capacity> make_table(const Plan& plan, const Launch& launch) {
-  Table<Capacity> table{};
+inline Table make_table(const Plan& plan, const Launch& launch) {
+  Table table{};
   table.count = static_cast<int32_t>(launch.count);
   std::copy_n(plan.layers.begin() + launch.first, launch.count, table.layers);
   return table;

@@ -107,8 +107,7 @@ __device__ void finish_penalty(const Work<A>& work, int32_t layer, double aa, do
 }
 
 // The last entry that begins at or before the task.
-template <int32_t Capacity>
-__device__ Stage stage_of(const Table<Capacity>& table, int32_t task) {
+__device__ Stage stage_of(const Table& table, int32_t task) {
   int32_t low = 0, high = table.stages - 1;
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;
@@ -128,9 +127,10 @@ __device__ void apply_rows(const Layer& layer, const Share& share, const A* x, A
     apply<false, T>(layer, share, x, slot);
 }
 
-template <class T, int32_t Capacity>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm) void orthogonality_kernel(
-    const __grid_constant__ Table<Capacity> table, Work<Accumulator<T>> work) {
+template <class T>
+__global__ __launch_bounds__(kThreads,
+                             kBlocksPerSm) void orthogonality_kernel(const __grid_constant__ Table table,
+                                                                     Work<Accumulator<T>> work) {
   using A = Accumulator<T>;
   for (;;) {
     const uint32_t task = draw_task(work.next);
@@ -164,9 +164,9 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm) void orthogonality_kernel(
   }
 }
 
-template <class T, int32_t Capacity>
+template <class T>
 __global__ __launch_bounds__(kThreads, kBlocksPerSm) void orthogonality_backward_kernel(
-    const __grid_constant__ Table<Capacity> table, Work<Accumulator<T>> work) {
+    const __grid_constant__ Table table, Work<Accumulator<T>> work) {
   using A = Accumulator<T>;
   for (;;) {
     const uint32_t task = draw_task(work.next);
@@ -240,10 +240,7 @@ template <class T, class F>
 void for_launches(const Plan& plan, Work<Accumulator<T>> work, const F& f) {
   for (const Launch& launch : plan.launches) {
     const uint32_t grid = grid_of(launch, kBlocksPerSm);
-    if (plan.capacity == kSmallTable)
-      f(make_table<kSmallTable>(plan, launch), work, grid);
-    else
-      f(make_table<kLargeTable>(plan, launch), work, grid);
+    f(make_table(plan, launch), work, grid);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     ++work.next;
   }
@@ -269,9 +266,8 @@ void orthogonality_forward(const Problem& problem, void* penalty, void* coeffici
     work.penalty = static_cast<A*>(penalty);
     work.coefficients = static_cast<A*>(coefficients);
     orthogonality::for_launches<T>(
-        plan, work,
-        [&]<int32_t Capacity>(const orthogonality::Table<Capacity>& table, const auto& each, uint32_t grid) {
-          orthogonality::orthogonality_kernel<T, Capacity><<<grid, kThreads, 0, stream>>>(table, each);
+        plan, work, [&](const orthogonality::Table& table, const auto& each, uint32_t grid) {
+          orthogonality::orthogonality_kernel<T><<<grid, kThreads, 0, stream>>>(table, each);
         });
   });
 }
@@ -286,10 +282,8 @@ void orthogonality_backward(const Problem& problem, const void* grad, const void
     work.grad = static_cast<const A*>(grad);
     work.saved = static_cast<const A*>(coefficients);
     orthogonality::for_launches<T>(
-        plan, work,
-        [&]<int32_t Capacity>(const orthogonality::Table<Capacity>& table, const auto& each, uint32_t grid) {
-          orthogonality::orthogonality_backward_kernel<T, Capacity>
-              <<<grid, kThreads, 0, stream>>>(table, each);
+        plan, work, [&](const orthogonality::Table& table, const auto& each, uint32_t grid) {
+          orthogonality::orthogonality_backward_kernel<T><<<grid, kThreads, 0, stream>>>(table, each);
         });
   });
 }

@@ -17,8 +17,7 @@ inline constexpr int32_t kStages = 3;  // of a layer: its vectors, and two passe
 // A stage's tasks are drawn so many tasks after those it waits for: more than blocks run at once, so that
 // these are likely done, and few enough for the layer's weights to be still in the L2 cache.
 inline constexpr int32_t kLag = 256;
-inline constexpr int32_t kSmallTable = 38;
-inline constexpr int32_t kLargeTable = 300;
+inline constexpr int32_t kTable = 300;  // layers of a launch: 32 KB of parameters
 inline constexpr int64_t kLargestFilter = INT32_MAX - kRows * kThreads;
 
 struct Layer {
@@ -44,13 +43,12 @@ struct Stage {
   int16_t stage;
 };
 
-template <int32_t Capacity>
 struct Table {
   int32_t stages;
   int32_t tasks;
   int32_t first_layer;  // index of layers[0] among those of the model
-  Layer layers[Capacity];
-  Stage order[Capacity * kStages];
+  Layer layers[kTable];
+  Stage order[kTable * kStages];
 };
 
 // Layers [first, first + count) in one grid.
@@ -63,9 +61,8 @@ struct Launch {
 
 struct Plan {
   std::vector<Layer> layers;
-  std::vector<Launch> launches;  // one, up to kLargeTable layers
+  std::vector<Launch> launches;  // one, up to kTable layers
   int64_t elements = 0;          // of scratch: vectors and slots, of the accumulator's type
-  int32_t capacity = kSmallTable;
 
   // Behind the elements: two doubles for each layer, then the counters: a launch's next task, one of finished
   // layers, then three for each layer.
@@ -118,10 +115,9 @@ inline Layer lay_out(int64_t filters, int64_t size, int64_t width) {
 // `layers` are DecorrelationLayer of ../decorrelation.h. A thread reads `width` elements at once.
 template <class From>
 Plan make_plan(const std::vector<From>& layers, int64_t element_size, bool backward,
-               int32_t small_table = kSmallTable, int32_t large_table = kLargeTable) {
+               int32_t capacity = kTable) {
   const int64_t width = element_size == 8 ? 2 : 4, vectors = backward ? 4 : 2;
   Plan plan;
-  plan.capacity = static_cast<int64_t>(layers.size()) <= small_table ? small_table : large_table;
   for (const From& from : layers) {
     if (from.size > kLargestFilter || from.filters + from.first > kLargestFilter)
       throw std::runtime_error("fastprune: orthogonality takes at most " + std::to_string(kLargestFilter) +
@@ -139,7 +135,7 @@ Plan make_plan(const std::vector<From>& layers, int64_t element_size, bool backw
     for (int32_t d = 0; d < 2; ++d) layer.sizes[d] = static_cast<int32_t>(from.sizes[d + 1]);
     layer.aligned = whole(from.data) && whole(from.gradient);
     plan.elements += (vectors + layer.tasks) * layer.stride;
-    if (plan.launches.empty() || plan.launches.back().count == plan.capacity)
+    if (plan.launches.empty() || plan.launches.back().count == capacity)
       plan.launches.push_back({static_cast<int64_t>(plan.layers.size()), 0, 0, {}});
     ++plan.launches.back().count;
     plan.layers.push_back(layer);
@@ -148,9 +144,8 @@ Plan make_plan(const std::vector<From>& layers, int64_t element_size, bool backw
   return plan;
 }
 
-template <int32_t Capacity>
-Table<Capacity> make_table(const Plan& plan, const Launch& launch) {
-  Table<Capacity> table{};
+inline Table make_table(const Plan& plan, const Launch& launch) {
+  Table table{};
   table.stages = static_cast<int32_t>(launch.order.size());
   table.tasks = static_cast<int32_t>(launch.tasks);
   table.first_layer = static_cast<int32_t>(launch.first);

@@ -38,7 +38,7 @@ def forward(gpu: Gpu, weights: Sequence[Tensor], include_diagonal: bool, mask: T
             scratch = on.memory.empty(ticket + 4)
             scratch.mem.write(scratch + ticket, np.zeros(1, np.uint32))  # the launcher's memset
             work = _work(on, mask, 0, penalty, scratch, scratch + ticket, blocks, include_diagonal)
-            name = cuda.kernel(on.loaded, "kernel_covariance_kernel", [weights[0].dtype], layout.capacity)
+            name = cuda.kernel(on.loaded, "kernel_covariance_kernel", [weights[0].dtype])
             for launch, table in enumerate(layout.tables):
                 args = [table, work, sum(grids[:launch])]
                 on.launch(name, grids[launch], cuda.host().threads(), args)
@@ -53,7 +53,7 @@ def backward(
         gradients = [on.memory.empty(weight.nbytes, gpu.shift) for weight in weights]
         layout = _layout(on, weights, gradients)
         work = _work(on, mask, on.memory.put(grad), 0, 0, 0, 0, include_diagonal)
-        name = cuda.kernel(on.loaded, "kernel_covariance_backward_kernel", [weights[0].dtype], layout.capacity)
+        name = cuda.kernel(on.loaded, "kernel_covariance_backward_kernel", [weights[0].dtype])
         for table, blocks in zip(layout.tables, layout.sizes[3:]):
             on.launch(name, blocks, cuda.host().threads(), [table, work])
         return [on.memory.get(out, weight, weight.dtype) for out, weight in zip(gradients, weights)]

@@ -51,7 +51,6 @@ class Plan:
 
     sizes: list[int]
     tables: list[bytes]
-    capacity: int
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -83,20 +82,18 @@ def plan(on: OnCuda, kind: str, layers: Sequence[Layer], element_size: int, back
         return getattr(library, f"{kind}_{name}")
 
     i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    small, large = on.gpu.tables
-    limits = [small or call("capacity")(False), large or call("capacity")(True)]
+    capacity = on.gpu.tables[1] or call("capacity")()
     array = (Layer * len(layers))(*layers)
-    made = call("plan")(array, i64(len(layers)), i64(element_size), backward, *limits, error)
+    made = call("plan")(array, i64(len(layers)), i64(element_size), backward, capacity, error)
     if made is None:
         raise RuntimeError(error.value.decode())
     made = pointer(made)
-    is_large = small is not None or len(layers) > limits[0]
     sizes = (i64 * (4 + len(layers)))()  # a few, and one for each launch
     call("sizes")(made, i64(8 if element_size == 8 else 4), sizes)
     tables = []
     for launch in range(sizes[0]):
-        table = ctypes.create_string_buffer(call("table")(made, i64(launch), is_large, None))
-        call("table")(made, i64(launch), is_large, table)
+        table = ctypes.create_string_buffer(call("table")(made, i64(launch), None))
+        call("table")(made, i64(launch), table)
         tables.append(table.raw)
     call("free")(made)
-    return Plan(list(sizes), tables, call("capacity")(is_large))
+    return Plan(list(sizes), tables)

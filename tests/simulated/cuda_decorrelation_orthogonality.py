@@ -27,7 +27,7 @@ def _launch(
     launches, norms, counters, counter_bytes, *tasks = layout.sizes
     scratch = on.memory.empty(counters + counter_bytes)
     scratch.mem.write(scratch + counters, np.zeros(counter_bytes, np.uint8))  # the launcher's memset
-    full_name = cuda.kernel(on.loaded, name, [weights[0].dtype], layout.capacity)
+    full_name = cuda.kernel(on.loaded, name, [weights[0].dtype])
     for launch, table in enumerate(layout.tables):
         finished = scratch + counters + 4 * launches
         work = [
