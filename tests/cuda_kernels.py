@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ def _cache(key: str, suffix: str, make: Any) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / path.name
             make(made)
-            os.replace(made, path)
+            # Another process may have been first, and be reading: names of kernels differ from one to the next.
+            with suppress(FileExistsError):
+                os.link(made, path)
     return path
 
 
@@ -123,9 +125,14 @@ class Budget:
     ptx: str
 
 
+def built_from(arch: str) -> str:
+    """The architecture whose PTX setup.py makes the code for ``arch`` of."""
+    return arch if arch == "sm_120" else "sm_80"
+
+
 def budget(op: str, arch: str) -> dict[str, Budget]:
-    """The resources of every kernel of an op, by its mangled name: as in setup.py, of the PTX for sm_80."""
-    path = compile_ptx(op, "sm_80")
+    """The resources of every kernel of an op, by its mangled name."""
+    path = compile_ptx(op, built_from(arch))
     with tempfile.TemporaryDirectory() as scratch:
         report = _run([NVCC, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", f"{scratch}/kernels.cubin", path])
     bodies = re.findall(r"^(?:\.visible )?\.entry (\w+)(.*?)^}", path.read_text(), re.MULTILINE | re.DOTALL)

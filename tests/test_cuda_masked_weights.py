@@ -192,7 +192,7 @@ def test_budget(arch: str) -> None:
         assert kernel.local_bytes == 0
         # Three blocks of 512 threads on a multiprocessor; two of those that read float64.
         assert kernel.registers <= (64 if "kernelId" in name else 42)
-    loaded = cuda.module("masked_weights", arch)
+    loaded = cuda.module("masked_weights", cuda.built_from(arch))
     for source, target in PAIRS:
         kernel = budget[cuda.kernel(loaded, "masked_weights_kernel", [source, target], cuda.host().small_capacity())]
         # 16 bytes of the wider kind at once, four times in flight.
