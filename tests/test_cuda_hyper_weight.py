@@ -160,6 +160,14 @@ def test_bytes(case: str, channels_last: bool, dtype: torch.dtype, compute: torc
         assert stats.bank_conflicts <= 0.05 * stats.shared_wavefronts
 
 
+@pytest.mark.slow
+def test_bank_conflicts_of_short_lines() -> None:
+    # The worst width found: written by channels, read by taps, of which no pitch serves both.
+    forward, backward = call(layer_of(((64, 64, 3, 3), (62, 20), 32)), gpu=Gpu("sm_90", cuda.COUNTING)).stats
+    assert forward.bank_conflicts <= 0.23 * forward.shared_wavefronts
+    assert backward.bank_conflicts <= 0.13 * backward.shared_wavefronts
+
+
 @pytest.mark.parametrize(
     "arch", ["sm_80", *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("sm_90", "sm_100", "sm_120"))]
 )

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cuda_kernels
 import pytest
 import setuptools
 import torch
@@ -70,6 +71,8 @@ def test_cuda_is_built_where_the_tools_are_whether_or_not_there_is_a_gpu(monkeyp
     # Code for each of these GPUs, and PTX for all others.
     targets = [flag.rpartition("=")[2] for flag in cuda.extra_compile_args["nvcc"] if "-gencode" in flag]
     assert targets == ["sm_80", "sm_90", "sm_100", "compute_80", "sm_120"]
+    for ptx, code in re.findall(r"arch=compute_(\d+),code=sm_(\d+)", " ".join(cuda.extra_compile_args["nvcc"])):
+        assert cuda_kernels.built_from(f"sm_{code}") == f"sm_{ptx}"  # what the budgets are checked of
     assert cpp_extension._get_cuda_arch_flags(cuda.extra_compile_args["nvcc"]) == []  # torch adds none
 
 
@@ -78,6 +81,16 @@ def test_the_architectures_asked_for_are_kept(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "10.0")
     flags = run_setup(monkeypatch)["ext_modules"][1].extra_compile_args["nvcc"]
     assert cpp_extension._get_cuda_arch_flags(flags) == ["-gencode=arch=compute_100,code=sm_100"]
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_module_is_small_where_it_is_handed_on(inplace: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = run_setup(monkeypatch)
+    command = given["cmdclass"]["build_ext"](setuptools.Distribution(given))
+    command.inplace = inplace
+    command.finalize_options()
+    assert ("--compress-mode=size" in command.extensions[1].extra_compile_args["nvcc"]) is not inplace
 
 
 @pytest.mark.usefixtures("tools")

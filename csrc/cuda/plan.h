@@ -149,8 +149,8 @@ struct Digit {
 };
 inline constexpr Digit kWeightDigits[] = {{22, 9, 0}, {13, 9, 512}, {0, 13, 1024}};
 inline constexpr int32_t kWeightPasses = 3;
-inline constexpr int32_t kWeightBins = 1024 + 8192;
-inline constexpr int32_t kInfinityBin = 0x7f800000 >> 22;
+inline constexpr int32_t kWeightBins = kWeightDigits[2].first + (1 << kWeightDigits[2].bits);
+inline constexpr int32_t kInfinityBin = 0x7f800000 >> kWeightDigits[0].shift;
 
 // What weight_mask's launches know of the threshold, on the device: zeros before the first.
 struct WeightSelection {

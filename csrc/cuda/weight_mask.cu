@@ -87,7 +87,7 @@ struct BlockCounts {
   // `InColumns` is `columns`, known to the compiler.
   template <bool InColumns>
   __device__ void add(int32_t bin) const {
-    if (InColumns)
+    if constexpr (InColumns)
       atomicAdd(&words[(bin >> 1) * 32 + lane], bin & 1 ? 1u << 16 : 1u);
     else
       atomicAdd(&words[bin], 1u);
