@@ -20,10 +20,9 @@ from setuptools import Extension, find_packages, setup
 # Both modules use only LibTorch's stable ABI and Python's limited API: one wheel serves every later torch and Python.
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11
 PYTHON_TARGET = "0x030A0000"  # Python 3.10
-# PTX, and what is made of it. Kernels use nothing newer than sm_80, the oldest with bfloat16, and a PTX for each GPU
-# would double the time of the build; but sm_120's assembler spills registers of any PTX that is not its own. The oldest
-# PTX is kept for what another GPU's driver makes of it.
-CUDA_TARGETS = {"compute_80": ("sm_80", "sm_90", "sm_100", "compute_80"), "compute_120": ("sm_120",)}
+# What is made of the one PTX, which is kept for what another GPU's driver makes of it. Kernels use nothing newer than
+# sm_80, the oldest with bfloat16, and a PTX for each GPU would double the time of the build.
+CUDA_PTX, CUDA_CODE = "compute_80", ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80")
 CXX_FLAGS = [
     *("-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-fopenmp-simd", "-ffp-contract=fast"),
     # GCC notes that its 64-byte vectors change the calling convention; ours never cross a function that is not inlined.
@@ -72,13 +71,13 @@ def cuda_options(nvcc: str) -> dict[str, list[str]]:
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
     folders = re.findall(r'"-L([^"]+)"', dry_run.stderr)
     # BuildExtension adds what TORCH_CUDA_ARCH_LIST asks for, or the GPUs of this machine, where no option names any.
-    targets = {} if os.environ.get("TORCH_CUDA_ARCH_LIST") else CUDA_TARGETS
+    codes = () if os.environ.get("TORCH_CUDA_ARCH_LIST") else CUDA_CODE
     return {
         "libraries": ["torch_cuda", "cudart_static", "rt", "pthread", "dl"],
         "library_dirs": folders,
         "nvcc_flags": [
             *([SMALL] if version_of(nvcc) >= (12, 8) else []),
-            *(f"-gencode=arch={ptx},code={code}" for ptx, codes in targets.items() for code in codes),
+            *(f"-gencode=arch={CUDA_PTX},code={code}" for code in codes),
         ],
     }
 

@@ -29,6 +29,7 @@ from torch.utils.cpp_extension import include_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("sm_80", "sm_90")
+BUILT_FROM = "sm_80"  # the architecture whose PTX setup.py makes all code of
 FLAGS = ("-O3", "-std=c++20", "-lineinfo", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
 
 # Everything that is looked for; launches of the ops are deterministic, so any of these orders must give the same bits.
@@ -106,12 +107,11 @@ def module(op: str, arch: str, fault: tuple[str, str, str] | None = None) -> Mod
     return ptxrun.load(compile_ptx(op, arch, fault).read_text())
 
 
-def kernel(loaded: Module, name: str, dtypes: Sequence[torch.dtype], capacity: int | None = None) -> str:
-    """The mangled name of one instance of a kernel, by its types and, if it takes one of several, its table."""
+def kernel(loaded: Module, name: str, dtypes: Sequence[torch.dtype]) -> str:
+    """The mangled name of one instance of a kernel, by its types."""
     first, *others = (_TYPES[dtype] for dtype in dtypes)
     arguments = first + "".join(rf"(?:{other}|S\d*_)" if other == first else other for other in others)
-    pattern = rf"{name}I{arguments}" + ("E" if capacity is None else f"Li{capacity}E")
-    (found,) = (entry for entry in loaded.kernels if re.search(pattern, entry))
+    (found,) = (entry for entry in loaded.kernels if re.search(rf"{name}I{arguments}E", entry))
     return found
 
 
@@ -125,14 +125,9 @@ class Budget:
     ptx: str
 
 
-def built_from(arch: str) -> str:
-    """The architecture whose PTX setup.py makes the code for ``arch`` of."""
-    return arch if arch == "sm_120" else "sm_80"
-
-
 def budget(op: str, arch: str) -> dict[str, Budget]:
     """The resources of every kernel of an op, by its mangled name."""
-    path = compile_ptx(op, built_from(arch))
+    path = compile_ptx(op, BUILT_FROM)
     with tempfile.TemporaryDirectory() as scratch:
         report = _run([NVCC, "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-o", f"{scratch}/kernels.cubin", path])
     bodies = re.findall(r"^(?:\.visible )?\.entry (\w+)(.*?)^}", path.read_text(), re.MULTILINE | re.DOTALL)
@@ -172,13 +167,13 @@ def host() -> ctypes.CDLL:
     library = ctypes.CDLL(str(_cache(key, ".so", make)))
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     for name, result, arguments in (
-        ("plan", pointer, (pointer, i64, i64, i32, i32, ctypes.c_char_p)),
+        ("plan", pointer, (pointer, i64, i64, i32, ctypes.c_char_p)),
         ("free_plan", None, (pointer,)),
         ("filters", i64, (pointer,)),
         ("blocks", i64, (pointer,)),
         ("launches", i64, (pointer,)),
         ("launch_blocks", i64, (pointer, i64)),
-        ("table", i64, (pointer, i64, i32, pointer)),
+        ("table", i64, (pointer, i64, pointer)),
         ("rank_of", i64, (i64, ctypes.c_double)),
     ):
         function = getattr(library, name)
@@ -199,37 +194,28 @@ class Plan:
     """The launches of a call."""
 
     grids: list[Grid]
-    capacity: int
     filters: int
     blocks: int
 
 
-def plan(
-    runs: Sequence[tuple[int, ...]],
-    in_bytes: int,
-    out_bytes: int,
-    small: int | None = None,
-    large: int | None = None,
-) -> Plan:
+def plan(runs: Sequence[tuple[int, ...]], in_bytes: int, out_bytes: int, capacity: int | None = None) -> Plan:
     """Lay out layers of (an address or 0 for each of up to four tensors, filters, size).
 
-    ``in_bytes`` and ``out_bytes`` are of the elements that a vector is made of, the wider ones; ``small`` and ``large``
-    shrink the tables.
+    ``in_bytes`` and ``out_bytes`` are of the elements that a vector is made of, the wider ones; ``capacity`` shrinks
+    the table.
     """
     library, error = host(), ctypes.create_string_buffer(256)
-    limits = (small or library.small_capacity(), large or library.large_capacity())
     pointers = ctypes.c_void_p * 4
     array = (_Run * len(runs))(*(_Run(pointers(*run[:-2]), *run[-2:]) for run in runs))
-    made = library.plan(array, len(runs), max(in_bytes, out_bytes), *limits, error)
+    made = library.plan(array, len(runs), max(in_bytes, out_bytes), capacity or library.capacity(), error)
     if made is None:
         raise RuntimeError(error.value.decode())
-    capacity = library.small_capacity() if small is None and len(runs) <= limits[0] else library.large_capacity()
     grids = []
     for i in range(library.launches(made)):
-        table = ctypes.create_string_buffer(library.table(made, i, capacity, None))
-        library.table(made, i, capacity, table)
+        table = ctypes.create_string_buffer(library.table(made, i, None))
+        library.table(made, i, table)
         grids.append(Grid(library.launch_blocks(made, i), table.raw))
-    result = Plan(grids, capacity, library.filters(made), library.blocks(made))
+    result = Plan(grids, library.filters(made), library.blocks(made))
     library.free_plan(made)
     return result
 

@@ -8,8 +8,7 @@ using namespace fastprune::cuda;
 extern "C" {
 
 int32_t threads() { return kThreads; }
-int32_t small_capacity() { return kSmallTable; }
-int32_t large_capacity() { return kLargeTable; }
+int32_t capacity() { return kTable; }
 int32_t weight_passes() { return kWeightPasses; }
 int32_t weight_digit_shift(int32_t pass) { return kWeightDigits[pass].shift; }
 int32_t weight_digit_bits(int32_t pass) { return kWeightDigits[pass].bits; }
@@ -18,10 +17,9 @@ int64_t weight_selection_bytes() { return sizeof(WeightSelection); }
 int64_t rank_of(int64_t filters, double rate) { return threshold_rank(filters, rate); }
 
 // Plans `count` runs; null with a message in `error` (of 256 bytes) where that is impossible.
-Plan* plan(const Run* runs, int64_t count, int64_t element_bytes, int32_t small_table, int32_t large_table,
-           char* error) {
+Plan* plan(const Run* runs, int64_t count, int64_t element_bytes, int32_t capacity, char* error) {
   try {
-    return new Plan(make_plan({runs, runs + count}, element_bytes, small_table, large_table));
+    return new Plan(make_plan({runs, runs + count}, element_bytes, capacity));
   } catch (const std::exception& exception) {
     std::strncpy(error, exception.what(), 255);
     return nullptr;
@@ -36,12 +34,9 @@ int64_t launch_blocks(const Plan* plan, int64_t i) { return plan->launches[i].bl
 
 // Writes the table of a launch, a kernel parameter, and returns its size; 0 bytes are written where `to` is
 // null.
-int64_t table(const Plan* plan, int64_t i, int32_t capacity, void* to) {
-  const auto write = [&](const auto& table) {
-    if (to) std::memcpy(to, &table, sizeof(table));
-    return static_cast<int64_t>(sizeof(table));
-  };
-  return capacity == kSmallTable ? write(make_table<kSmallTable>(*plan, plan->launches[i]))
-                                 : write(make_table<kLargeTable>(*plan, plan->launches[i]));
+int64_t table(const Plan* plan, int64_t i, void* to) {
+  const Table table = make_table(*plan, plan->launches[i]);
+  if (to) std::memcpy(to, &table, sizeof(table));
+  return sizeof(table);
 }
 }

@@ -52,7 +52,7 @@ def call(
     arch: str = "sm_80",
     **options: Any,
 ) -> Outcome:
-    gpu = Gpu(arch, options, options.pop("fault", None), options.pop("tables", (None, None)), options.pop("shift", 0))
+    gpu = Gpu(arch, options, options.pop("fault", None), options.pop("capacity", None), options.pop("shift", 0))
     penalty, coefficients = launchers.forward(gpu, weights, kind, diagonal, mask, precision)
     grad = torch.tensor(0.5, dtype=penalty.dtype)
     gradients = launchers.backward(gpu, grad, weights, coefficients, kind, diagonal, mask, precision)
@@ -178,7 +178,7 @@ def test_tasks_end_on_any_number_of_blocks(blocks: int, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_layers_than_the_table_holds(kind: str) -> None:
     weights, mask = cases.random_weights(SHAPES), cases.random_mask(SHAPES)
-    split = call(weights, kind, mask=mask, tables=(None, 3))
+    split = call(weights, kind, mask=mask, capacity=3)
     assert len(split.stats) == 4
     assert all(map(torch.equal, split.tensors(), call(weights, kind, mask=mask).tensors()))
 

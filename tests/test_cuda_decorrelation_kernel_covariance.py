@@ -38,7 +38,7 @@ class Outcome:
 def call(
     weights: list[Tensor], mask: Tensor | None = None, diagonal: bool = True, arch: str = "sm_80", **options: Any
 ) -> Outcome:
-    gpu = Gpu(arch, options, options.pop("fault", None), options.pop("tables", (None, None)), options.pop("shift", 0))
+    gpu = Gpu(arch, options, options.pop("fault", None), options.pop("capacity", None), options.pop("shift", 0))
     penalty, coefficients = launchers.forward(gpu, weights, diagonal, mask)
     assert coefficients.numel() == 0
     grad = torch.tensor(0.5, dtype=penalty.dtype)
@@ -141,7 +141,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks(order: dict[str, Any]) -> Non
 def test_more_layers_than_a_table_has() -> None:
     capacity = cuda_decorrelation_kinds.host().kernel_covariance_capacity()
     check([(2, 3, 2, 2)] * (capacity + 2), torch.float32)
-    assert len(check(SHAPES, torch.float32, tables=(2, 2)).stats) == 3 + 4  # the backward writes zeros, too
+    assert len(check(SHAPES, torch.float32, capacity=2).stats) == 3 + 4  # the backward writes zeros, too
 
 
 @pytest.mark.slow

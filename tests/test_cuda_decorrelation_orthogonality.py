@@ -39,7 +39,7 @@ class Outcome:
 
 
 def call(weights: list[Tensor], mask: Tensor | None = None, arch: str = "sm_80", **options: Any) -> Outcome:
-    gpu = Gpu(arch, options, options.pop("fault", None), options.pop("tables", (None, None)), options.pop("shift", 0))
+    gpu = Gpu(arch, options, options.pop("fault", None), options.pop("capacity", None), options.pop("shift", 0))
     penalty, coefficients = launchers.forward(gpu, weights, mask)
     grad = torch.tensor(0.5, dtype=penalty.dtype)
     return Outcome(penalty, coefficients, launchers.backward(gpu, grad, weights, coefficients, mask), gpu.stats)
@@ -126,7 +126,7 @@ def test_tasks_end_on_any_number_of_blocks(processors: int, monkeypatch: pytest.
 def test_more_layers_than_a_table_has() -> None:
     capacity = cuda_decorrelation_kinds.host().orthogonality_capacity()
     check([(2, 3)] * (capacity + 2), torch.float32)
-    assert len(check(LAYERS["mixed"], torch.float32, tables=(2, 2)).stats) == 6
+    assert len(check(LAYERS["mixed"], torch.float32, capacity=2).stats) == 6
 
 
 @pytest.mark.slow

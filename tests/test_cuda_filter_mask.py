@@ -44,11 +44,11 @@ def call(
     mask: Tensor | None = None,
     arch: str = "sm_80",
     fault: tuple[str, str, str] | None = None,
-    tables: tuple[int | None, int | None] = (None, None),
+    capacity: int | None = None,
     **options: Any,
 ) -> Outcome:
     """filter_norms, and with a rate filter_mask, or update_filter_masks_ of a given mask; the cost of the last."""
-    gpu = Gpu(arch, options, fault, tables)
+    gpu = Gpu(arch, options, fault, capacity)
     scores = launchers.filter_norms(gpu, weights, ord)
     if rate is None:
         return Outcome(scores, torch.empty(0, dtype=torch.bool), gpu.stats)
@@ -149,14 +149,14 @@ def test_update_overwrites_the_mask() -> None:
     assert torch.equal(outcome.mask, expected_mask(outcome.scores, 0.5))
 
 
-def test_one_launch_for_more_layers_than_the_small_table() -> None:
-    weights = cases.random_weights([(2, 3)] * (cuda.host().small_capacity() + 4))
+def test_one_launch_for_as_many_layers_as_a_table_has() -> None:
+    weights = cases.random_weights([(2, 3)] * (cuda.host().capacity()))
     check(weights, 0.4, arch="sm_90")
 
 
-def test_layers_beyond_the_large_table_take_another_launch_and_one_mask() -> None:
+def test_layers_beyond_a_table_take_another_launch_and_one_mask() -> None:
     weights = cases.random_weights(LAYERS["mixed"])
-    outcome = call(weights, 0.4, tables=(2, 2))
+    outcome = call(weights, 0.4, capacity=2)
     whole = call(weights, 0.4)
     assert len(outcome.stats) == 3
     assert torch.equal(outcome.scores, whole.scores)
@@ -221,7 +221,7 @@ def test_bytes_of_resnet50(dtype: torch.dtype) -> None:
 )
 def test_budget(arch: str) -> None:
     budget = cuda.budget("filter_mask", arch)
-    assert len(budget) == 2 * 4 + 1
+    assert len(budget) == len(cases.DTYPES) + 1
     for name, kernel in budget.items():
         assert kernel.local_bytes == 0
         assert kernel.shared_bytes <= 34 * 1024

@@ -46,12 +46,12 @@ def call(
     backward: bool = False,
     arch: str = "sm_80",
     fault: tuple[str, str, str] | None = None,
-    tables: tuple[int | None, int | None] = (None, None),
+    capacity: int | None = None,
     shift: int = 0,
     **options: Any,
 ) -> Outcome:
     """One call; ``shift`` puts the results so many bytes beside where an allocator would."""
-    gpu = Gpu(arch, options, fault, tables, shift)
+    gpu = Gpu(arch, options, fault, capacity, shift)
     function = launchers.masked_weights_backward if backward else launchers.masked_weights
     return Outcome(function(gpu, inputs, mask, dtype, feedback), gpu.stats)
 
@@ -151,11 +151,11 @@ def test_bits_do_not_depend_on_the_order_of_blocks(order: dict[str, Any]) -> Non
     assert_same_bits(other, first)
 
 
-def test_tables_of_every_size() -> None:
-    shapes = [(2, 3)] * (cuda.host().small_capacity() + 4)
+def test_full_tables_and_several() -> None:
+    shapes = [(2, 3)] * (cuda.host().capacity())
     check(shapes, torch.float32, torch.float32)
     weights, mask = cases.random_weights(LAYERS["mixed"]), cases.random_mask(LAYERS["mixed"])
-    split = call(weights, mask, torch.float16, tables=(2, 2))
+    split = call(weights, mask, torch.float16, capacity=2)
     assert len(split.stats) == 3
     assert_same_bits(split.tensors, reference.masked_weights(weights, mask, torch.float16, None))
 
@@ -187,14 +187,14 @@ def test_bytes_of_resnet50(source: torch.dtype, target: torch.dtype, backward: b
 @EITHER
 def test_budget(arch: str) -> None:
     budget = cuda.budget("masked_weights", arch)
-    assert len(budget) == 2 * len(PAIRS)
+    assert len(budget) == len(PAIRS)
     for name, kernel in budget.items():
         assert kernel.local_bytes == 0
         # Three blocks of 512 threads on a multiprocessor; two of those that read float64.
         assert kernel.registers <= (64 if "kernelId" in name else 42)
-    loaded = cuda.module("masked_weights", cuda.built_from(arch))
+    loaded = cuda.module("masked_weights", cuda.BUILT_FROM)
     for source, target in PAIRS:
-        kernel = budget[cuda.kernel(loaded, "masked_weights_kernel", [source, target], cuda.host().small_capacity())]
+        kernel = budget[cuda.kernel(loaded, "masked_weights_kernel", [source, target])]
         # 16 bytes of the wider kind at once, four times in flight.
         if source.itemsize >= target.itemsize:
             assert len(cuda.wide(kernel.ptx, "ld.global.nc")) >= 4

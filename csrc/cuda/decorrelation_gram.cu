@@ -13,8 +13,8 @@ template <Precision P, bool Backward>
 constexpr int32_t kBlocksPerSm = Backward || P == Precision::highest ? 2 : 3;
 
 template <class A, Precision P>
-__global__ __launch_bounds__(kBlock, kBlocksPerSm<P, false>) void gram_forward_kernel(
-    const __grid_constant__ Table table, const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kBlock, kBlocksPerSm<P, false>)
+    gram_forward_kernel(const __grid_constant__ Table table, const __grid_constant__ Call call) {
   __shared__ ForwardShared<A> shared;
   for (int32_t task; (task = static_cast<int32_t>(draw_task(call.next))) < table.tasks;) {
     if (task < table.measures) {
@@ -41,8 +41,8 @@ __global__ __launch_bounds__(kBlock, kBlocksPerSm<P, false>) void gram_forward_k
 }
 
 template <class A, Precision P>
-__global__ __launch_bounds__(kBlock, kBlocksPerSm<P, true>) void gram_backward_kernel(
-    const __grid_constant__ Table table, const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kBlock, kBlocksPerSm<P, true>)
+    gram_backward_kernel(const __grid_constant__ Table table, const __grid_constant__ Call call) {
   __shared__ BackwardShared<A> shared;
   for (int32_t task; (task = static_cast<int32_t>(draw_task(call.next))) < table.tasks;) {
     if (task < table.measures) {

@@ -76,8 +76,9 @@ __device__ const Layer& layer_of(const Table& table, int32_t block) {
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm<T>) void kernel_covariance_kernel(
-    const __grid_constant__ Table table, Work<Accumulator<T>> work, int32_t first_block) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
+    kernel_covariance_kernel(const __grid_constant__ Table table, Work<Accumulator<T>> work,
+                             int32_t first_block) {
   __shared__ Tile<Accumulator<T>> tile;
   const Layer& layer = layer_of(table, blockIdx.x);
   const Run run = run_of(layer, blockIdx.x - layer.first_block, work.mask, tile);
@@ -102,8 +103,8 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm<T>) void kernel_covariance_k
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm<T>) void kernel_covariance_backward_kernel(
-    const __grid_constant__ Table table, Work<Accumulator<T>> work) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
+    kernel_covariance_backward_kernel(const __grid_constant__ Table table, Work<Accumulator<T>> work) {
   using A = Accumulator<T>;
   __shared__ Tile<A> tile;
   const Layer& layer = layer_of(table, blockIdx.x);

@@ -128,6 +128,7 @@ struct HugeSlice {
 
   __device__ A mean(int32_t i) const {
     A sum = 0;
+#pragma unroll 1
     for (int32_t k = 0; k < layer.kw; ++k) sum += at(i, k);
     return sum / static_cast<A>(layer.kw);
   }
@@ -135,6 +136,7 @@ struct HugeSlice {
   __device__ A product(int32_t i, int32_t j) const {
     const A left = mean(i), right = mean(j);
     A sum = 0;
+#pragma unroll 1
     for (int32_t k = 0; k < layer.kw; ++k) sum += (at(i, k) - left) * (at(j, k) - right);
     return sum;
   }
@@ -153,6 +155,7 @@ struct HugeSlice {
     for (int64_t e = threadIdx.x; e < static_cast<int64_t>(layer.kh) * layer.kw; e += kThreads) {
       const int32_t i = static_cast<int32_t>(e / layer.kw), k = static_cast<int32_t>(e % layer.kw);
       A sum = 0;
+#pragma unroll 1
       for (int32_t j = 0; kept && j < layer.kh; ++j)
         if (i != j || diagonal) sum += slope(product(i, j), i == j) * (at(j, k) - mean(j));
       out[place(i, k)] = narrow<T>(kept ? scale * sum : A(0));

@@ -21,7 +21,7 @@ struct Tile {
 
 // A block's run of slices, and what it knows of their filters.
 struct Run {
-  Layer layer;
+  const Layer& layer;
   int64_t first;     // slice of the layer
   int32_t count;     // of slices
   int32_t elements;  // of a slice
@@ -47,11 +47,12 @@ __device__ Run run_of(const Layer& layer, int32_t block, const bool* mask, Tile<
   const int32_t count = static_cast<int32_t>(left < layer.per_block ? left : layer.per_block);
   const int32_t filter = static_cast<int32_t>(first / layer.channels);
   const int32_t before = static_cast<int32_t>(first % layer.channels);
-  if (mask == nullptr) return {layer, first, count, layer.kh * layer.kw, filter, before, nullptr};
-  const int32_t filters = (before + count - 1) / layer.channels + 1;
-  for (int32_t i = threadIdx.x; i < filters; i += kThreads) tile.kept[i] = mask[layer.first + filter + i];
-  __syncthreads();
-  return {layer, first, count, layer.kh * layer.kw, filter, before, tile.kept};
+  if (mask != nullptr) {
+    const int32_t filters = (before + count - 1) / layer.channels + 1;
+    for (int32_t i = threadIdx.x; i < filters; i += kThreads) tile.kept[i] = mask[layer.first + filter + i];
+    __syncthreads();
+  }
+  return {layer, first, count, layer.kh * layer.kw, filter, before, mask ? tile.kept : nullptr};
 }
 
 // The tile's elements from a layer that is one run, as vectors; those of pruned filters are not read, but for
@@ -99,10 +100,11 @@ __device__ void write_run(const Run& run, const Accumulator<T>* tile) {
 // Calls f(slice of the tile, offset) for the elements of a slice, in the order of [kh, kw].
 template <int32_t Size, class F>
 __device__ void for_elements(const Layer& layer, const F& f) {
+  constexpr int32_t kUnroll = Size ? Size : 1;
   const int32_t kh = Size ? Size : layer.kh, kw = Size ? Size : layer.kw;
-#pragma unroll
+#pragma unroll kUnroll
   for (int32_t y = 0; y < kh; ++y)
-#pragma unroll
+#pragma unroll kUnroll
     for (int32_t x = 0; x < kw; ++x)
       f(y * kw + x, static_cast<int64_t>(y) * layer.strides[1] + static_cast<int64_t>(x) * layer.strides[2]);
 }

@@ -128,9 +128,8 @@ __device__ void apply_rows(const Layer& layer, const Share& share, const A* x, A
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads,
-                             kBlocksPerSm) void orthogonality_kernel(const __grid_constant__ Table table,
-                                                                     Work<Accumulator<T>> work) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    orthogonality_kernel(const __grid_constant__ Table table, Work<Accumulator<T>> work) {
   using A = Accumulator<T>;
   for (;;) {
     const uint32_t task = draw_task(work.next);
@@ -165,8 +164,8 @@ __global__ __launch_bounds__(kThreads,
 }
 
 template <class T>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm) void orthogonality_backward_kernel(
-    const __grid_constant__ Table table, Work<Accumulator<T>> work) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    orthogonality_backward_kernel(const __grid_constant__ Table table, Work<Accumulator<T>> work) {
   using A = Accumulator<T>;
   for (;;) {
     const uint32_t task = draw_task(work.next);

@@ -31,9 +31,9 @@ __device__ void write_mask(const float* scores, const Selection& to) {
   for (int32_t i = threadIdx.x; i < to.n; i += kThreads) to.mask[i] = !finite || scores[i] > threshold;
 }
 
-template <class T, int32_t Capacity>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm) void filter_mask_kernel(
-    const __grid_constant__ Table<Capacity> table, int32_t ord, float* scores, Selection selection) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    filter_mask_kernel(const __grid_constant__ Table table, int32_t ord, float* scores, Selection selection) {
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
   const bool real = place.row < place.layer.rows;
   const int64_t size = real ? place.layer.size : 0;
@@ -45,8 +45,8 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm) void filter_mask_kernel(
     write_mask(scores, selection);
 }
 
-__global__ __launch_bounds__(kThreads) void kth_threshold_kernel(const float* scores, int32_t n, int32_t k,
-                                                                 float* threshold) {
+__global__ void __launch_bounds__(kThreads)
+    kth_threshold_kernel(const float* scores, int32_t n, int32_t k, float* threshold) {
   __shared__ SelectScratch scratch;
   const float value = select(scores, n, k, INFINITY, scratch);
   if (threadIdx.x == 0) *threshold = value;
@@ -63,8 +63,8 @@ void launch(const Tensor& like, const Plan& plan, int64_t ord, float* scores, co
             cudaStream_t stream) {
   visit_dtype(like.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
-      filter_mask_kernel<T, Capacity><<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(
+    for_launches(plan, [&](const Table& table, const Launch& grid) {
+      filter_mask_kernel<T><<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(
           table, static_cast<int32_t>(ord), scores, selection);
     });
   });

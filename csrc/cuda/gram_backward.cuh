@@ -54,7 +54,7 @@ struct MovingCoefficients {
   Raw<A> raw[Side::kEach];  // of correlations
   uint32_t word;            // of signs: one strip's, of one row
   int32_t first;            // filter
-  int32_t thread;
+  uint32_t thread;
 
   // A thread's row and strip of signs.
   __device__ int32_t row() const { return thread / Side::kStrips; }
@@ -109,7 +109,7 @@ template <class A, class Tile>
 struct MovingFilters {
   Raw<A> raw[Tile::kEach];
   int64_t column;
-  int32_t thread;
+  uint32_t thread;
 
   __device__ int32_t row_of(int32_t i) const { return thread / Tile::kRowVectors + i * Tile::kStep; }
   __device__ int32_t vector() const { return thread % Tile::kRowVectors * kVector<A>; }
@@ -205,7 +205,8 @@ template <class A, Precision P, bool Small>
 __device__ void backward_tile(const Layer& layer, const Call& call, int32_t index,
                               BackwardShared<A>& shared) {
   using Tile = BackwardTile<A, Small>;
-  const int32_t thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const uint32_t thread = threadIdx.x;
+  const int32_t warp = thread / 32, lane = thread % 32;
   const int32_t warp_row = Small ? 0 : warp / 2 * 32, warp_column = (Small ? warp : warp % 2) * 32;
   const int32_t row = index % layer.panels * Tile::kRows;
   const int64_t column = static_cast<int64_t>(index / layer.panels) * Tile::kColumns;

@@ -33,7 +33,7 @@ struct Moving {
   Raw<A> raw[Side::kEach];
   const Scale<A>* scales;  // of the panel's filters, in shared memory
   int32_t first;           // filter
-  int32_t thread;
+  uint32_t thread;
 
   __device__ int32_t row_of(int32_t i) const { return thread / Side::kRowVectors + i * Side::kStep; }
   __device__ int32_t column() const { return thread % Side::kRowVectors; }
@@ -55,8 +55,8 @@ struct Moving {
 
 // Whether any of a panel's filters takes part; their scales to shared memory.
 template <class A>
-__device__ bool read_scales(const Layer& layer, const Call& call, int32_t first, int32_t rows, int32_t thread,
-                            Scale<A>* to) {
+__device__ bool read_scales(const Layer& layer, const Call& call, int32_t first, int32_t rows,
+                            uint32_t thread, Scale<A>* to) {
   Scale<A> scale{};
   const int32_t row = thread;
   if (row < rows && first + row < layer.filters)
@@ -67,7 +67,7 @@ __device__ bool read_scales(const Layer& layer, const Call& call, int32_t first,
 
 // results = (left rows) · (right rows)ᵀ of this warp, over the whole depth.
 template <class A, Precision P, bool Small>
-__device__ void multiply_tile(const Layer& layer, const Call& call, const Place2d& tile, int32_t thread,
+__device__ void multiply_tile(const Layer& layer, const Call& call, const Place2d& tile, uint32_t thread,
                               ForwardShared<A>& shared, Results<A>& results) {
   using Side = typename ForwardTile<A, Small>::Side;
   const int32_t warp = thread / 32, lane = thread % 32;
@@ -119,7 +119,7 @@ __device__ void multiply_tile(const Layer& layer, const Call& call, const Place2
 
 // The first warp's results become the sum of all warps', in their order.
 template <class A>
-__device__ void add_warps(int32_t thread, ForwardShared<A>& shared, Results<A>& results) {
+__device__ void add_warps(uint32_t thread, ForwardShared<A>& shared, Results<A>& results) {
   const int32_t warp = thread / 32, lane = thread % 32;
   A* mine = &results[0][0][0];
   __syncthreads();
@@ -134,12 +134,13 @@ __device__ void add_warps(int32_t thread, ForwardShared<A>& shared, Results<A>& 
 template <class A, Precision P, bool Small>
 __device__ void forward_tile(const Layer& layer, const Call& call, int32_t index, ForwardShared<A>& shared) {
   const Place2d tile = tile_of(layer, index);
-  const int32_t thread = threadIdx.x, warp = thread / 32;
+  const uint32_t thread = threadIdx.x;
+  const int32_t warp = thread / 32, lane = thread % 32;
   Results<A> results = {};
   multiply_tile<A, P, Small>(layer, call, tile, thread, shared, results);
   if (Small) add_warps(thread, shared, results);
   __syncthreads();  // all have read what lies where the outcome goes
-  const Quarter quarter{Small ? 0 : warp / 2 * 32, Small ? 0 : warp % 2 * 32, thread % 32, tile.i == tile.j};
+  const Quarter quarter{Small ? 0 : warp / 2 * 32, Small ? 0 : warp % 2 * 32, lane, tile.i == tile.j};
   const bool mine = !Small || warp == 0;
   if (call.correlation) {
     if (mine) write_correlations(layer, call, tile, quarter, results, shared.outcome);

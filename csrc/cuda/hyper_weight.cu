@@ -45,8 +45,9 @@ __device__ void generate_panel(const Tile& tile, const T* weight, const T* bias,
 }
 
 template <class T, class Out>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm<T, false>) void hyper_weight_kernel(
-    const __grid_constant__ Geometry g, const T* hidden, const T* weight, const T* bias, Out* generated) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, false>)
+    hyper_weight_kernel(const __grid_constant__ Geometry g, const T* hidden, const T* weight, const T* bias,
+                        Out* generated) {
   using A = Arithmetic<T>;
   __shared__ A sums[kPlaces];
   __shared__ alignas(16) A staged[kColumns<T>];
@@ -65,9 +66,9 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm<T, false>) void hyper_weight
 }
 
 template <class T, class In>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm<T, true>) void hyper_weight_backward_kernel(
-    const __grid_constant__ Geometry g, const In* grad, const T* hidden, const T* weight,
-    const __grid_constant__ Gradients<T> to, int32_t slots) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, true>)
+    hyper_weight_backward_kernel(const __grid_constant__ Geometry g, const In* grad, const T* hidden,
+                                 const T* weight, const __grid_constant__ Gradients<T> to, int32_t slots) {
   using A = Arithmetic<T>;
   __shared__ A grads[kPlaces];
   __shared__ alignas(16) A staged[kColumns<T>];

@@ -45,14 +45,11 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Calls f(table, launch) for every grid of the plan, with its table in the smallest size that holds it.
+// Calls f(table, launch) for every grid of the plan.
 template <class F>
 void for_launches(const Plan& plan, const F& f) {
   for (const Launch& launch : plan.launches) {
-    if (plan.capacity == kSmallTable)
-      f(make_table<kSmallTable>(plan, launch), launch);
-    else
-      f(make_table<kLargeTable>(plan, launch), launch);
+    f(make_table(plan, launch), launch);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 }

@@ -48,9 +48,9 @@ __device__ void scale_row(const In* in, Out* out, int64_t size, float factor, in
   for (; k < size; k += step) store(out + k, scale<Out>(load<Width>(in + k), factor));
 }
 
-template <class In, class Out, int32_t Capacity>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm<In>) void masked_weights_kernel(
-    const __grid_constant__ Table<Capacity> table, Factors factors) {
+template <class In, class Out>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<In>)
+    masked_weights_kernel(const __grid_constant__ Table table, Factors factors) {
   constexpr int32_t kWidth = kVectorBytes / (sizeof(In) > sizeof(Out) ? sizeof(In) : sizeof(Out));
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
   const TableLayer& layer = place.layer;
@@ -92,8 +92,8 @@ std::vector<Tensor> scale_filters(const char* op, const std::vector<Tensor>& inp
     visit_dtype(dtype, [&](auto out_type) {
       using In = typename decltype(in_type)::type;
       using Out = typename decltype(out_type)::type;
-      for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
-        masked_weights_kernel<In, Out, Capacity>
+      for_launches(plan, [&](const Table& table, const Launch& grid) {
+        masked_weights_kernel<In, Out>
             <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, factors);
       });
     });

@@ -43,11 +43,11 @@ template <class Sum, int Width>
 struct NormPart {
   Sum sums[2];  // so that additions wait less for each other
 
-  // The first `count` elements of a vector.
-  template <int Ord, class T>
-  __device__ void add(const Vector<T, Width>& vector, int32_t count = Width) {
+  // The first `count` elements of a vector, or of an even part of it.
+  template <int Ord, class T, int Part>
+  __device__ void add(const Vector<T, Part>& vector, int32_t count = Part) {
 #pragma unroll
-    for (int32_t i = 0; i < Width; ++i) {
+    for (int32_t i = 0; i < Part; ++i) {
       if (i >= count) continue;
       if constexpr (Ord == 1)
         sums[i % 2].add(fabs(widen(vector.x[i])));
@@ -69,9 +69,12 @@ __device__ double norm_part(const T* row, int64_t size, bool aligned, int32_t la
     for (int64_t k = lane * kWidth; k < size; k += lanes * kWidth)
       part.template add<Ord>(load<kWidth, From>(row + k));
   } else {
+    constexpr int32_t kPart = kWidth < 4 ? kWidth : 4;  // all eight of 16 bits would cost registers, too
     for (int64_t k = lane * kWidth; k < size; k += lanes * kWidth) {
       const int32_t count = up_to<kWidth>(size - k);
-      part.template add<Ord>(load<kWidth, From>(row + k, count, Elements{}), count);
+#pragma unroll 1
+      for (int32_t i = 0; i < count; i += kPart)
+        part.template add<Ord>(load<kPart, From>(row + k + i, count - i, Elements{}), count - i);
     }
   }
   return part.value();

@@ -45,16 +45,14 @@ struct TableLayer {
 };
 
 // The table of layers is a kernel parameter: no copy, no allocation, and a CUDA graph captures it by value.
-// Parameters may be 4 KB, and 32,764 bytes since CUDA 12.1, some of which are for the other ones; few models
-// have so many layers that they need more.
+// Parameters may be 32,764 bytes since CUDA 12.1, some of which are for the other ones; few models have so
+// many layers that they need more.
 inline constexpr int64_t kOtherParameters = 160;
-inline constexpr int32_t kSmallTable = (4096 - kOtherParameters) / sizeof(TableLayer);
-inline constexpr int32_t kLargeTable = (32764 - kOtherParameters) / sizeof(TableLayer);
+inline constexpr int32_t kTable = (32764 - kOtherParameters) / sizeof(TableLayer);
 
-template <int32_t Capacity>
 struct Table {
   int32_t count;
-  TableLayer layers[Capacity];
+  TableLayer layers[kTable];
 };
 
 // Layers [first, first + count) in one grid.
@@ -66,11 +64,10 @@ struct Launch {
 
 struct Plan {
   std::vector<TableLayer> layers;
-  std::vector<Launch> launches;  // one, up to kLargeTable layers
+  std::vector<Launch> launches;  // one, up to kTable layers
   int64_t filters = 0;
   int64_t rows = 0;
   int64_t blocks = 0;  // of all launches
-  int32_t capacity = kSmallTable;
 };
 
 inline int16_t threads_shift(int64_t size, int64_t width) {
@@ -100,11 +97,9 @@ inline TableLayer make_layer(const Run& run, int64_t width) {
 // A thread moves 16 bytes at once of the elements that have `element_bytes`: the widest kind of what is read
 // and written, so that the accesses of a warp fill whole sectors everywhere, unless the kernel says
 // otherwise. Runs of no elements are left out.
-inline Plan make_plan(const std::vector<Run>& runs, int64_t element_bytes, int32_t small_table = kSmallTable,
-                      int32_t large_table = kLargeTable) {
+inline Plan make_plan(const std::vector<Run>& runs, int64_t element_bytes, int32_t capacity = kTable) {
   const int64_t width = kVectorBytes / element_bytes;
   Plan plan;
-  plan.capacity = static_cast<int64_t>(runs.size()) <= small_table ? small_table : large_table;
   plan.layers.reserve(runs.size());
   for (const Run& run : runs) {
     if (run.size == 0) continue;
@@ -113,7 +108,7 @@ inline Plan make_plan(const std::vector<Run>& runs, int64_t element_bytes, int32
     if (rows > kMostFilters - plan.rows)
       throw std::runtime_error("fastprune: a model may have at most " + std::to_string(kMostFilters) +
                                " filters on CUDA");
-    if (plan.launches.empty() || plan.launches.back().count == plan.capacity)
+    if (plan.launches.empty() || plan.launches.back().count == capacity)
       plan.launches.push_back({static_cast<int64_t>(plan.layers.size()), 0, 0});
     Launch& launch = plan.launches.back();
     TableLayer layer = make_layer(run, width);
@@ -132,9 +127,8 @@ inline Plan make_plan(const std::vector<Run>& runs, int64_t element_bytes, int32
   return plan;
 }
 
-template <int32_t Capacity>
-Table<Capacity> make_table(const Plan& plan, const Launch& launch) {
-  Table<Capacity> table{};
+inline Table make_table(const Plan& plan, const Launch& launch) {
+  Table table{};
   table.count = static_cast<int32_t>(launch.count);
   std::copy_n(plan.layers.begin() + launch.first, launch.count, table.layers);
   return table;

@@ -118,10 +118,10 @@ __device__ double step_row(const Row<T, Out>& row, int64_t size, const Place& pl
   return part.value();
 }
 
-template <class T, class Out, int32_t Capacity>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm) void sgd_step_kernel(
-    const __grid_constant__ Table<Capacity> table, const __grid_constant__ Step<Arithmetic<T>> step,
-    const __grid_constant__ Outputs outputs) {
+template <class T, class Out>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    sgd_step_kernel(const __grid_constant__ Table table, const __grid_constant__ Step<Arithmetic<T>> step,
+                    const __grid_constant__ Outputs outputs) {
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
   const TableLayer& layer = place.layer;
   const Extent extent = extent_of(place, kWidth<T>);
@@ -196,8 +196,8 @@ void sgd_step_(Tensors params, Tensors grads, Tensors momenta, double lr, double
                          maximize,
                          pointer_of(grad_scale),
                          pointer_of(found_inf)};
-      for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
-        sgd_step_kernel<T, Out, Capacity>
+      for_launches(plan, [&](const Table& table, const Launch& grid) {
+        sgd_step_kernel<T, Out>
             <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, step, outputs);
       });
     });

@@ -20,8 +20,7 @@ struct Place {
   int32_t lanes;
 };
 
-template <int32_t Capacity>
-__device__ Place place_of(const Table<Capacity>& table, int32_t block, int32_t thread) {
+__device__ inline Place place_of(const Table& table, int32_t block, int32_t thread) {
   int32_t low = 0, high = table.count - 1;  // the last layer that begins at or before the block
   while (low < high) {
     const int32_t middle = (low + high + 1) / 2;

@@ -141,9 +141,10 @@ __device__ void find_bin(const Pass& pass, int32_t prefix, WeightSelection& sele
   selection.rank = left;
 }
 
-template <class T, int32_t Capacity>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm) void weight_counts_kernel(
-    const __grid_constant__ Table<Capacity> table, Formula formula, Pass pass, WeightSelection* selection) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    weight_counts_kernel(const __grid_constant__ Table table, Formula formula, Pass pass,
+                         WeightSelection* selection) {
   __shared__ uint32_t words[kWords];
   const int32_t prefix = selection->prefix;
   if (prefix < 0) return;  // there is nothing more to find
@@ -170,9 +171,10 @@ __global__ __launch_bounds__(kThreads, kBlocksPerSm) void weight_counts_kernel(
   if (is_last_block(&selection->tickets[pass.index], pass.blocks)) find_bin(pass, prefix, *selection);
 }
 
-template <class T, int32_t Capacity>
-__global__ __launch_bounds__(kThreads, kBlocksPerSm) void weight_mask_kernel(
-    const __grid_constant__ Table<Capacity> table, Formula formula, const WeightSelection* selection) {
+template <class T>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    weight_mask_kernel(const __grid_constant__ Table table, Formula formula,
+                       const WeightSelection* selection) {
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
   const int32_t threshold = __ldg(&selection->prefix);  // below 0, all are kept
   bool* mask = output<bool>(place.layer, kMask);
@@ -194,13 +196,13 @@ void launch_all(const Plan& plan, Formula formula, uint64_t rank, WeightSelectio
                 cudaStream_t stream) {
   for (int32_t i = 0; i < kWeightPasses; ++i) {
     const Pass pass{i, kWeightDigits[i], static_cast<uint32_t>(plan.blocks), rank};
-    for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
-      weight_counts_kernel<T, Capacity>
+    for_launches(plan, [&](const Table& table, const Launch& grid) {
+      weight_counts_kernel<T>
           <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, formula, pass, selection);
     });
   }
-  for_launches(plan, [&]<int32_t Capacity>(const Table<Capacity>& table, const Launch& grid) {
-    weight_mask_kernel<T, Capacity>
+  for_launches(plan, [&](const Table& table, const Launch& grid) {
+    weight_mask_kernel<T>
         <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, formula, selection);
   });
 }

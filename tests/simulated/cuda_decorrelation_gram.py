@@ -47,7 +47,7 @@ def _layout(
     library, error = host(), ctypes.create_string_buffer(256)
     i64, pointer = ctypes.c_int64, ctypes.c_void_p
     array, correlation = (Layer * len(layers))(*layers), kind == "correlation"
-    capacity = on.gpu.tables[1] or library.gram_capacity()
+    capacity = on.gpu.capacity or library.gram_capacity()
     made = library.gram_plan(array, i64(len(layers)), i64(element_size), correlation, backward, capacity, error)
     if made is None:
         raise RuntimeError(error.value.decode())

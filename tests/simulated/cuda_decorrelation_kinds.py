@@ -82,7 +82,7 @@ def plan(on: OnCuda, kind: str, layers: Sequence[Layer], element_size: int, back
         return getattr(library, f"{kind}_{name}")
 
     i64, pointer = ctypes.c_int64, ctypes.c_void_p
-    capacity = on.gpu.tables[1] or call("capacity")()
+    capacity = on.gpu.capacity or call("capacity")()
     array = (Layer * len(layers))(*layers)
     made = call("plan")(array, i64(len(layers)), i64(element_size), backward, capacity, error)
     if made is None:

@@ -16,7 +16,7 @@ from .gpu import Gpu, OnCuda
 
 
 def _launch(on: OnCuda, plan: cuda.Plan, dtype: torch.dtype, ord: int, scores: int, selection: Sequence[Any]) -> None:
-    name = cuda.kernel(on.loaded, "filter_mask_kernel", [dtype], plan.capacity)
+    name = cuda.kernel(on.loaded, "filter_mask_kernel", [dtype])
     packed = cuda.ptxrun.pack_struct("Q?QIii", *selection)
     for grid in plan.grids:
         on.launch(name, grid.blocks, cuda.host().threads(), [grid.table, ord, scores, packed])
@@ -24,7 +24,7 @@ def _launch(on: OnCuda, plan: cuda.Plan, dtype: torch.dtype, ord: int, scores: i
 
 def _plan(on: OnCuda, weights: Sequence[Tensor]) -> cuda.Plan:
     runs = [(on.memory.put(weight), 0, weight.shape[0], weight[0].numel()) for weight in weights]
-    return cuda.plan(runs, weights[0].element_size(), 0, *on.gpu.tables)
+    return cuda.plan(runs, weights[0].element_size(), 0, on.gpu.capacity)
 
 
 def filter_norms(gpu: Gpu, weights: Sequence[Tensor], ord: int) -> Tensor:

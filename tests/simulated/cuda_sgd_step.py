@@ -52,7 +52,7 @@ def sgd_step_(
             )
             for i, param in enumerate(params)
         ]
-        plan = cuda.plan(runs, dtype.itemsize, 0, *gpu.tables)
+        plan = cuda.plan(runs, dtype.itemsize, 0, gpu.capacity)
         scalars = [0 if scalar is None else on.memory.put(scalar) for scalar in (grad_scale, found_inf)]
         step = cuda.ptxrun.pack_struct(
             f"4{'d' if dtype == torch.float64 else 'f'}3?2Q",
@@ -60,7 +60,7 @@ def sgd_step_(
         )
         kept = on.memory.put(mask) if masked and mask is not None else 0
         outputs = cuda.ptxrun.pack_struct("2Qi", kept, measured, ord)
-        name = cuda.kernel(on.loaded, "sgd_step_kernel", [dtype, out], plan.capacity)
+        name = cuda.kernel(on.loaded, "sgd_step_kernel", [dtype, out])
         for grid in plan.grids:
             on.launch(name, grid.blocks, cuda.host().threads(), [grid.table, step, outputs])
         for tensor in (*params, *momenta, *masked):

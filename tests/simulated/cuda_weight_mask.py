@@ -27,7 +27,7 @@ def weight_mask(
             (on.memory.put(a), on.memory.put(grads[i]) if importance == "taylor" else 0, mask, 0, a.numel())
             for i, (a, mask) in enumerate(zip(first, masks))
         ]
-        plan = cuda.plan(runs, weights[0].element_size(), 0, *gpu.tables)
+        plan = cuda.plan(runs, weights[0].element_size(), 0, gpu.capacity)
         selection = on.memory.put(torch.zeros(host.weight_selection_bytes(), dtype=torch.uint8))
         rank = host.rank_of(sum(weight.numel() for weight in weights), rate)
         passes = []
@@ -35,7 +35,7 @@ def weight_mask(
             digit = (host.weight_digit_shift(i), host.weight_digit_bits(i), host.weight_digit_first(i))
             passes.append(("weight_counts_kernel", [cuda.ptxrun.pack_struct("4iIQ", i, *digit, plan.blocks, rank)]))
         for kernel, arguments in (*passes, ("weight_mask_kernel", [])):
-            name = cuda.kernel(on.loaded, kernel, [weights[0].dtype], plan.capacity)
+            name = cuda.kernel(on.loaded, kernel, [weights[0].dtype])
             for grid in plan.grids:
                 on.launch(name, grid.blocks, host.threads(), [grid.table, formula, *arguments, selection])
         like = [torch.empty_like(weight, dtype=torch.bool) for weight in weights]

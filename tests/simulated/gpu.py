@@ -20,7 +20,7 @@ class Gpu:
     arch: str
     options: dict[str, Any] = field(default_factory=dict)
     fault: Fault | None = None
-    tables: tuple[int | None, int | None] = (None, None)  # of layers, small and large: None is the launchers' own
+    capacity: int | None = None  # of layers in a table: None is the launchers' own
     shift: int = 0  # bytes by which results lie beside where an allocator puts them
     stats: list[Any] = field(default_factory=list)  # ptxrun's, one for each launch
 
