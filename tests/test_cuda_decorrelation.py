@@ -14,13 +14,13 @@ import cases
 import cuda_kernels as cuda
 import pytest
 import torch
-from cuda_kernels import EITHER, ORDERS
+from cuda_kernels import COUNTING, EITHER, ORDERS
 from ptxrun import PtxError
 from simulated import Gpu
 from simulated import cuda_decorrelation_gram as launchers
 from torch import Tensor
 
-from fastprune import ops
+from fastprune import models, ops
 from fastprune.ops import reference
 
 SOURCE = "decorrelation_gram"
@@ -220,6 +220,22 @@ def test_bytes_of_large_layers(kind: str) -> None:
     for stats in outcome.stats:
         assert stats.bank_conflicts <= 0.05 * stats.shared_ideal_wavefronts
         assert stats.mma > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_gives_the_weights_of_resnet50_twice(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With a quarter of the channels, a sixteenth of the weights, of an A100's blocks at once, and of its 40 MB.
+    monkeypatch.setattr(launchers, "BLOCKS", 3 * 108 // 16)
+    convolutions = [p for p in models.create("resnet50").parameters() if p.dim() == 4]
+    shapes = [(p.shape[0] // 4, (p.shape[1] // 4 or p.shape[1]) * p[0, 0].numel()) for p in convolutions]
+    cached: dict[str, Any] = {**COUNTING, "batch": launchers.BLOCKS, "l2": 40 * 2**20 // 16}
+    outcome = call(cases.random_weights(shapes), kind, **cached)
+    forward, backward = outcome.stats
+    weights = 4 * sum(filters * size for filters, size in shapes)
+    assert weights > 2 * cached["l2"]  # once for all means, and once for all tiles: not what is left of the means
+    assert 1.9 * weights <= forward.l2.missed_bytes <= 2.1 * weights
+    assert 1.9 * weights <= backward.l2.missed_bytes - outcome.coefficients.nbytes <= 2.1 * weights
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Counters of one launch."""
 
 from __future__ import annotations
-from collections import Counter
+from collections import Counter, OrderedDict
 import numpy as np
 
 
@@ -12,6 +12,29 @@ def _distinct_per_row(keys):
         keys = np.sort(keys, axis=1)
         d = keys[:, 1:] - keys[:, :-1]
     return keys.shape[0] + int(np.count_nonzero(d))
+
+
+class Cache:
+    """A second-level cache of `size` bytes: lines of 128, the least recently used of which makes room for another, with
+    sectors of 32 that memory fills one by one. Stored sectors are in it without being read."""
+
+    def __init__(self, size):
+        self.capacity = size // 128
+        self.lines = OrderedDict()  # line -> bits of the sectors that are there
+        self.missed_bytes = 0  # of loads and atomics
+
+    def access(self, flat, size, kind):
+        """One instruction's bytes: what several threads ask for at once is asked for once."""
+        sectors = np.unique(np.concatenate([flat >> 5, (flat + size - 1) >> 5]))
+        starts = np.flatnonzero(np.r_[True, np.diff(sectors >> 2) > 0])
+        bits = np.bitwise_or.reduceat(1 << (sectors & 3), starts)
+        for line, wanted in zip((sectors[starts] >> 2).tolist(), bits.tolist()):
+            there = self.lines.pop(line, 0)
+            self.lines[line] = there | wanted
+            if kind != "store":
+                self.missed_bytes += 32 * (wanted & ~there).bit_count()
+            if len(self.lines) > self.capacity:
+                self.lines.popitem(last=False)
 
 
 class Stats:
@@ -40,6 +63,7 @@ class Stats:
         self.seconds = 0.0
         self.exited_lanes_named = 0
         self.mem_detail = {}  # PTX line -> [kind, requests, sectors, bytes]
+        self.l2 = None  # a Cache, where one was asked for
 
     # ---- recording --------------------------------------------------------------------------------
     def _sectors(self, S, flat, lanes, size):
@@ -62,6 +86,8 @@ class Stats:
     def global_access(self, S, flat, lanes, size, kind, ins):
         w, n = self._sectors(S, flat, lanes, size)
         nb = flat.size * size
+        if self.l2 is not None and flat.size:
+            self.l2.access(flat, size, kind)
         if kind == "load":
             self.global_load_bytes += nb
             self.global_load_sectors += n

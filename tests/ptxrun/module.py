@@ -15,7 +15,7 @@ from .errors import LaunchError, PtxUnsupported, TrapError, CheckError
 from .link import link, reads_of, writes_of
 from .machine import Batch, RegFile, SHARED_BASE, LOCAL_BASE
 from .memory import Memory, DevPtr, GLOBAL_BASE, PARAM_WINDOW, INIT, raw_bytes
-from .meter import Stats
+from .meter import Cache, Stats
 from .ops_warp import member_mask
 from .sched import Scheduler
 
@@ -324,6 +324,7 @@ class Launch:
         cluster=(1, 1, 1),
         max_findings=50,
         blocks=None,
+        l2=None,
     ):
         self.module, self.func, self.mem = module, func, module.mem
         self.grid, self.block = _dim(grid), _dim(block)
@@ -338,6 +339,8 @@ class Launch:
         self.max_findings = max_findings
         self.only_blocks = blocks
         self.stats = Stats()
+        if l2 is not None:
+            self.stats.l2 = Cache(l2)
         self.findings, self._seen = [], {}
         self.printed = []
         self.args = list(args)

@@ -14,6 +14,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import ptxrun  # noqa: E402
 from ptxrun import Out, CheckError, pack_struct  # noqa: E402
+from ptxrun.meter import Cache  # noqa: E402
 
 pytestmark = pytest.mark.slow
 rng = np.random.default_rng(7)
@@ -441,6 +442,31 @@ def test_meter():
         s = m.launch("meter_probe4", 1, 32, [x, y, ss]).stats
         assert s.shared_wavefronts == 2 * waves and s.shared_ideal_wavefronts == 8, (ss, s.shared_wavefronts)
     assert s.global_load_sectors == 16 and s.unique_bytes == 1024 and s.traffic_ratio() == 1
+
+
+def test_second_level_cache():
+    m = module_for("sm_80")
+    x, y = np.zeros(2048, f32), np.zeros(128, f32)
+    # 32 lanes of 4 bytes: in 4 sectors of one line, or in 32 sectors of 32 lines; nothing is asked for twice.
+    assert m.launch("meter_probe", 1, 32, [x, y, 1, 1], l2=1 << 20).stats.l2.missed_bytes == 4 * 32
+    assert m.launch("meter_probe", 1, 32, [x, y, 32, 1], l2=1 << 20).stats.l2.missed_bytes == 32 * 32
+
+    def missed(size, *accesses):
+        cache = Cache(size)
+        for first, count, kind in accesses:
+            for flat in np.split(np.arange(first, first + count, 16), count // 128):
+                cache.access(flat, 16, kind)
+        return cache.missed_bytes
+
+    twice = (0, 1024, "load"), (0, 1024, "load")
+    assert missed(1024, *twice) == 1024  # as much as fits
+    assert missed(1024 - 128, *twice) == 2048  # a line less: each has gone when it is wanted again
+    assert missed(1024, (0, 1024, "store"), *twice) == 0
+    assert missed(1024, (0, 1024, "load"), (0, 128, "load"), (1024, 128, "load"), (0, 128, "load")) == 1024 + 128
+    cache = Cache(128)
+    for flat in ([0], [32], [0, 96], [28]):
+        cache.access(np.array(flat), 4, "load")
+    assert cache.missed_bytes == 3 * 32
 
 
 def test_libraries():
