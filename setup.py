@@ -125,7 +125,8 @@ def extensions() -> list[Extension]:
         return modules
     nvcc, missing = find_nvcc(torch.version.cuda)
     if nvcc:
-        modules.append(extension("_cuda", glob("csrc/cuda/*.cu"), [("USE_CUDA", None)], **cuda_options(nvcc)))
+        sources = [*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/launchers/*.cpp")]
+        modules.append(extension("_cuda", sources, [("USE_CUDA", None)], **cuda_options(nvcc)))
     elif forced:
         raise SystemExit(f"FASTPRUNE_CUDA=1 needs nvcc and a torch built with the same CUDA: {missing}")
     else:

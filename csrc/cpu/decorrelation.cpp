@@ -45,7 +45,7 @@ void gradient(const Problem& problem, double grad, const void* coefficients) {
 
 #include <numeric>
 
-#include "../decorrelation.h"
+#include "../decorrelation_check.h"
 #include "host.h"
 
 namespace fastprune {

@@ -62,20 +62,16 @@ __global__ void __launch_bounds__(kBlock, kBlocksPerSm<P, true>)
   }
 }
 
-int64_t accumulator_size(const Problem& problem) { return problem.dtype == ScalarType::Double ? 8 : 4; }
+int64_t accumulator_size(const Problem& problem) { return problem.dtype == Dtype::float64 ? 8 : 4; }
 
 Plan plan_of(const Problem& problem, bool backward) {
-  const int64_t element_size = problem.dtype == ScalarType::Double  ? 8
-                               : problem.dtype == ScalarType::Float ? 4
-                                                                    : 2;
-  return make_plan(problem.call.layers, element_size, problem.call.kind == Kind::correlation, backward);
+  return make_plan(problem.call.layers, bytes_of(problem.dtype), problem.call.kind == Kind::correlation,
+                   backward);
 }
 
 template <class A, Precision P>
-void launch(const Plan& plan, Call call, bool backward, cudaStream_t stream) {
-  int device = 0, processors = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+void launch(const Plan& plan, Call call, bool backward, Stream stream) {
+  const int32_t processors = count_multiprocessors();
   for (const Launch& of : plan.launches) {
     const Table table = make_table(plan, of);
     const int32_t each = backward ? kBlocksPerSm<P, true> : kBlocksPerSm<P, false>;
@@ -84,22 +80,22 @@ void launch(const Plan& plan, Call call, bool backward, cudaStream_t stream) {
       gram_backward_kernel<A, P><<<blocks, kBlock, 0, stream>>>(table, call);
     else
       gram_forward_kernel<A, P><<<blocks, kBlock, 0, stream>>>(table, call);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     ++call.next;
   }
 }
 
-void launch(const Problem& problem, bool backward, void* scalar, void* coefficients, cudaStream_t stream) {
+void launch(const Problem& problem, bool backward, void* scalar, void* coefficients, Stream stream) {
   const Plan plan = plan_of(problem, backward);
   const int64_t size = accumulator_size(problem);
   char* scratch = static_cast<char*>(problem.scratch);
-  STD_CUDA_CHECK(cudaMemsetAsync(scratch, 0, 4 * plan.counters(), stream));
+  clear(scratch, 4 * plan.counters(), stream);
   uint32_t* counters = reinterpret_cast<uint32_t*>(scratch);
   const Call call{problem.call.kind == Kind::correlation,
                   problem.call.diagonal,
-                  problem.dtype == ScalarType::BFloat16 ? Storage::bfloat16
-                  : problem.dtype == ScalarType::Half   ? Storage::float16
-                                                        : Storage::wide,
+                  problem.dtype == Dtype::bfloat16  ? Storage::bfloat16
+                  : problem.dtype == Dtype::float16 ? Storage::float16
+                                                    : Storage::wide,
                   static_cast<int32_t>(plan.layers.size()),
                   problem.mask,
                   coefficients,
@@ -129,11 +125,11 @@ int64_t gram_scratch(const Problem& problem, bool backward) {
   return gram::plan_of(problem, backward).bytes(gram::accumulator_size(problem));
 }
 
-void gram_forward(const Problem& problem, void* penalty, void* coefficients, cudaStream_t stream) {
+void gram_forward(const Problem& problem, void* penalty, void* coefficients, Stream stream) {
   gram::launch(problem, false, penalty, coefficients, stream);
 }
 
-void gram_backward(const Problem& problem, const void* grad, const void* coefficients, cudaStream_t stream) {
+void gram_backward(const Problem& problem, const void* grad, const void* coefficients, Stream stream) {
   gram::launch(problem, true, const_cast<void*>(grad), const_cast<void*>(coefficients), stream);
 }
 

@@ -128,31 +128,28 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T>)
   }
 }
 
-Plan plan_of(const Problem& problem) {
-  const ScalarType dtype = problem.dtype;
-  return make_plan(problem.call.layers, dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2);
-}
+Plan plan_of(const Problem& problem) { return make_plan(problem.call.layers, bytes_of(problem.dtype)); }
 
 // Calls f(table, launch) for every grid of the plan.
 template <class F>
 void for_launches(const Plan& plan, const F& f) {
   for (const Launch& launch : plan.launches) {
     f(make_table(plan, launch), launch);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
 }
 
 template <class T>
-void launch_forward(const Problem& problem, void* penalty, cudaStream_t stream) {
+void launch_forward(const Problem& problem, void* penalty, Stream stream) {
   using A = Accumulator<T>;
   const Plan plan = plan_of(problem);
   if (plan.blocks == 0) {
-    STD_CUDA_CHECK(cudaMemsetAsync(penalty, 0, sizeof(A), stream));
+    clear(penalty, sizeof(A), stream);
     return;
   }
   double* shares = static_cast<double*>(problem.scratch);
   uint32_t* ticket = reinterpret_cast<uint32_t*>(shares + plan.blocks);
-  STD_CUDA_CHECK(cudaMemsetAsync(ticket, 0, sizeof(*ticket), stream));
+  clear(ticket, sizeof(*ticket), stream);
   const Work<A> work{problem.mask,
                      nullptr,
                      static_cast<A*>(penalty),
@@ -167,7 +164,7 @@ void launch_forward(const Problem& problem, void* penalty, cudaStream_t stream) 
 }
 
 template <class T>
-void launch_backward(const Problem& problem, const void* grad, cudaStream_t stream) {
+void launch_backward(const Problem& problem, const void* grad, Stream stream) {
   using A = Accumulator<T>;
   Work<A> work{};
   work.mask = problem.mask;
@@ -188,13 +185,13 @@ int64_t kernel_covariance_scratch(const Problem& problem, bool backward) {
   return backward ? 0 : kernel_covariance::plan_of(problem).ticket() + sizeof(uint32_t);
 }
 
-void kernel_covariance_forward(const Problem& problem, void* penalty, cudaStream_t stream) {
+void kernel_covariance_forward(const Problem& problem, void* penalty, Stream stream) {
   visit_dtype(problem.dtype, [&](auto type) {
     kernel_covariance::launch_forward<typename decltype(type)::type>(problem, penalty, stream);
   });
 }
 
-void kernel_covariance_backward(const Problem& problem, const void* grad, cudaStream_t stream) {
+void kernel_covariance_backward(const Problem& problem, const void* grad, Stream stream) {
   visit_dtype(problem.dtype, [&](auto type) {
     kernel_covariance::launch_backward<typename decltype(type)::type>(problem, grad, stream);
   });

@@ -202,19 +202,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   }
 }
 
-int64_t bytes_of(ScalarType dtype) {
-  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-}
-
 Plan plan_of(const Problem& problem, bool backward) {
   return make_plan(problem.call.layers, bytes_of(problem.dtype), backward);
 }
 
 template <class A>
-Work<A> work_of(const Problem& problem, const Plan& plan, cudaStream_t stream) {
+Work<A> work_of(const Problem& problem, const Plan& plan, Stream stream) {
   uint8_t* scratch = static_cast<uint8_t*>(problem.scratch);
   uint32_t* counters = reinterpret_cast<uint32_t*>(scratch + plan.counters(sizeof(A)));
-  STD_CUDA_CHECK(cudaMemsetAsync(counters, 0, plan.counter_bytes(), stream));
+  clear(counters, plan.counter_bytes(), stream);
   Work<A> work{};
   work.mask = problem.mask;
   work.scratch = reinterpret_cast<A*>(scratch);
@@ -228,10 +224,8 @@ Work<A> work_of(const Problem& problem, const Plan& plan, cudaStream_t stream) {
 
 // As many blocks as run at once, each of which draws tasks until none is left.
 uint32_t grid_of(const Launch& launch, int32_t blocks_per_sm) {
-  int device = 0, processors = 0;
-  STD_CUDA_CHECK(cudaGetDevice(&device));
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  return static_cast<uint32_t>(std::min<int64_t>(launch.tasks, int64_t{processors} * blocks_per_sm));
+  return static_cast<uint32_t>(
+      std::min<int64_t>(launch.tasks, int64_t{count_multiprocessors()} * blocks_per_sm));
 }
 
 // Calls f(table, work, grid) for every launch of the plan.
@@ -240,7 +234,7 @@ void for_launches(const Plan& plan, Work<Accumulator<T>> work, const F& f) {
   for (const Launch& launch : plan.launches) {
     const uint32_t grid = grid_of(launch, kBlocksPerSm);
     f(make_table(plan, launch), work, grid);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
     ++work.next;
   }
 }
@@ -252,11 +246,11 @@ namespace fastprune::cuda {
 
 int64_t orthogonality_scratch(const Problem& problem, bool backward) {
   const orthogonality::Plan plan = orthogonality::plan_of(problem, backward);
-  return plan.counters(problem.dtype == ScalarType::Double ? sizeof(double) : sizeof(float)) +
+  return plan.counters(problem.dtype == Dtype::float64 ? sizeof(double) : sizeof(float)) +
          plan.counter_bytes();
 }
 
-void orthogonality_forward(const Problem& problem, void* penalty, void* coefficients, cudaStream_t stream) {
+void orthogonality_forward(const Problem& problem, void* penalty, void* coefficients, Stream stream) {
   visit_dtype(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = orthogonality::Accumulator<T>;
@@ -272,7 +266,7 @@ void orthogonality_forward(const Problem& problem, void* penalty, void* coeffici
 }
 
 void orthogonality_backward(const Problem& problem, const void* grad, const void* coefficients,
-                            cudaStream_t stream) {
+                            Stream stream) {
   visit_dtype(problem.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using A = orthogonality::Accumulator<T>;

@@ -1,5 +1,4 @@
 // hyper_weight and its backward: contracts in fastprune/ops/hyper_weight.py.
-#include "../hyper_weight.h"
 #include "hyper_weight.cuh"
 #include "hyper_weight_backward.cuh"
 #include "launch.cuh"
@@ -99,77 +98,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, true>)
   if (block < slots) backward.reduce(slots, sums);
 }
 
-bool is_aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % kVectorBytes == 0;
-}
+}  // namespace
 
-template <class T>
-const T* pointer(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-T* mutable_pointer(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-using Shape = std::vector<int64_t>;
-
-Tensor forward(Tensor hidden, Tensor weight, Tensor bias, int64_t out_channels, int64_t in_channels,
-               Shape shape, ScalarType dtype, bool channels_last) {
-  const HyperSlice slice =
-      check_hyper_weight(hidden, weight, bias, out_channels, in_channels, shape, dtype, channels_last);
-  const DeviceGuard guard(weight.get_device_index());
-  const Tensor generated = empty_generated(slice, weight, shape, dtype, channels_last);
-  const Geometry g = make_geometry(slice, weight.element_size(), is_aligned(weight));
-  const cudaStream_t stream = current_stream(weight);
-  visit_dtype(weight.scalar_type(), [&](auto type) {
-    visit_dtype(dtype, [&](auto out_type) {
+void launch_forward(const Geometry& g, Dtype dtype, Dtype out, const Operands& from, void* generated,
+                    Stream stream) {
+  visit_dtype(dtype, [&](auto type) {
+    visit_dtype(out, [&](auto out_type) {
       using T = typename decltype(type)::type;
       using Out = typename decltype(out_type)::type;
       hyper_weight_kernel<T, Out><<<static_cast<uint32_t>(g.tiles), kThreads, 0, stream>>>(
-          g, pointer<T>(hidden), pointer<T>(weight), pointer<T>(bias), mutable_pointer<Out>(generated));
+          g, static_cast<const T*>(from.hidden), static_cast<const T*>(from.weight),
+          static_cast<const T*>(from.bias), static_cast<Out*>(generated));
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return generated;
+  check_launch();
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor hidden, Tensor weight, Shape shape) {
-  const HyperSlice slice = check_hyper_weight_backward(grad, hidden, weight, shape);
-  const DeviceGuard guard(weight.get_device_index());
-  const ScalarType dtype = weight.scalar_type();
-  const Tensor to_hidden = empty_like(hidden, dtype), to_weight = empty_like(weight, dtype);
-  const Tensor to_bias = torch::stable::new_empty(weight, {slice.rows()});
-  const int64_t element_size = weight.element_size();
-  const Geometry g = make_geometry(slice, element_size, is_aligned(weight) && is_aligned(to_weight));
-  const int64_t slots = int64_t{g.slots()} * g.columns(kVectorBytes / element_size);
-  const Tensor scratch = torch::stable::new_empty(weight, {slots + (g.panels() + 1) / 2}, ScalarType::Double);
-  double* sums = mutable_pointer<double>(scratch);
-  uint32_t* tickets = reinterpret_cast<uint32_t*>(sums + slots);
-  const cudaStream_t stream = current_stream(weight);
-  STD_CUDA_CHECK(cudaMemsetAsync(tickets, 0, g.panels() * sizeof(uint32_t), stream));
+void launch_backward(const Geometry& g, Dtype dtype, Dtype in, const void* grad, const Operands& from,
+                     const Results& to, Stream stream) {
+  clear(to.tickets, g.panels() * sizeof(uint32_t), stream);
   const dim3 grid(g.blocks(), g.panels());
   visit_dtype(dtype, [&](auto type) {
-    visit_dtype(grad.scalar_type(), [&](auto in_type) {
+    visit_dtype(in, [&](auto in_type) {
       using T = typename decltype(type)::type;
       using In = typename decltype(in_type)::type;
-      const Gradients<T> gradients{mutable_pointer<T>(to_hidden), mutable_pointer<T>(to_weight),
-                                   mutable_pointer<T>(to_bias), sums, tickets};
-      hyper_weight_backward_kernel<T, In><<<grid, kThreads, 0, stream>>>(
-          g, pointer<In>(grad), pointer<T>(hidden), pointer<T>(weight), gradients, g.slots());
+      const Gradients<T> gradients{static_cast<T*>(to.hidden), static_cast<T*>(to.weight),
+                                   static_cast<T*>(to.bias), to.slots, to.tickets};
+      hyper_weight_backward_kernel<T, In>
+          <<<grid, kThreads, 0, stream>>>(g, static_cast<const In*>(grad), static_cast<const T*>(from.hidden),
+                                          static_cast<const T*>(from.weight), gradients, g.slots());
     });
   });
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-  return {to_hidden, to_weight, to_bias};
+  check_launch();
 }
 
-}  // namespace
 }  // namespace hyper
-
-STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) {
-  library.impl("hyper_weight", TORCH_BOX(&hyper::forward));
-  library.impl("hyper_weight_backward", TORCH_BOX(&hyper::backward));
-}
-
 }  // namespace fastprune::cuda

@@ -124,4 +124,22 @@ Geometry make_geometry(const Slice& slice, int64_t element_size, bool aligned) {
   return g;
 }
 
+// Pointers to what both directions read; `bias` is the forward's only.
+struct Operands {
+  const void *hidden, *weight, *bias;
+};
+
+// What the backward writes: all gradients, and on the way a sum of every block and panel.
+struct Results {
+  void *hidden, *weight, *bias;
+  double* slots;
+  uint32_t* tickets;
+};
+
+// The launches of hyper_weight.cu. `dtype` is that of hidden, weight and bias.
+void launch_forward(const Geometry& g, Dtype dtype, Dtype out, const Operands& from, void* generated,
+                    Stream stream);
+void launch_backward(const Geometry& g, Dtype dtype, Dtype in, const void* grad, const Operands& from,
+                     const Results& to, Stream stream);
+
 }  // namespace fastprune::cuda::hyper

@@ -1,20 +1,16 @@
-// What the launchers share: dtypes to CUDA's types, the stream, and the layers as the plan wants them.
+// What the launches share: dtypes to CUDA's types, the grids of a plan, and what CUDA says of them.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 
-#include <vector>
+#include <stdexcept>
+#include <string>
 
-#include "../tensor.h"
 #include "plan.h"
 
 namespace fastprune::cuda {
-
-using torch::stable::accelerator::DeviceGuard;
 
 // A type as a value, to be passed to generic lambdas.
 template <class T>
@@ -22,27 +18,39 @@ struct Type {
   using type = T;
 };
 
-// Calls f(Type<T>{}) with CUDA's type of a checked dtype.
+// Calls f(Type<T>{}) with CUDA's type of a dtype.
 template <class F>
-void visit_dtype(ScalarType dtype, const F& f) {
+void visit_dtype(Dtype dtype, const F& f) {
   switch (dtype) {
-    case ScalarType::Float:
+    case Dtype::float32:
       return f(Type<float>{});
-    case ScalarType::Double:
+    case Dtype::float64:
       return f(Type<double>{});
-    case ScalarType::BFloat16:
+    case Dtype::bfloat16:
       return f(Type<__nv_bfloat16>{});
-    case ScalarType::Half:
+    case Dtype::float16:
       return f(Type<__half>{});
-    default:
-      fail("expected float32, float64, bfloat16 or float16, got ", dtype_name(dtype));
   }
 }
 
-inline cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("fastprune: CUDA error: ") + cudaGetErrorString(error));
+}
+
+// Whether the launch before this could be made; what the kernel does is not waited for.
+inline void check_launch() { check(cudaGetLastError()); }
+
+inline void clear(void* memory, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream));
+}
+
+// Of the current device.
+inline int32_t count_multiprocessors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 // Calls f(table, launch) for every grid of the plan.
@@ -50,7 +58,7 @@ template <class F>
 void for_launches(const Plan& plan, const F& f) {
   for (const Launch& launch : plan.launches) {
     f(make_table(plan, launch), launch);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    check_launch();
   }
 }
 

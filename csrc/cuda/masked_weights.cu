@@ -1,5 +1,6 @@
 // masked_weights and its backward: contracts in fastprune/ops/masked_weights.py.
 #include "launch.cuh"
+#include "masked_weights.h"
 #include "vector.cuh"
 
 namespace fastprune::cuda {
@@ -9,13 +10,6 @@ namespace {
 template <class In>
 constexpr int32_t kBlocksPerSm = sizeof(In) == 8 ? 2 : 3;
 constexpr int32_t kInFlight = 4;  // vectors that a thread asks for before it waits for the first
-
-// Filter f is multiplied by 1 if kept, else by its feedback, or by `pruned` where there is no feedback.
-struct Factors {
-  const bool* mask;
-  const float* feedback;  // or null
-  float pruned;
-};
 
 // factor · from, rounded once to Out.
 template <class Out, class In, int Width>
@@ -67,29 +61,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<In>)
     scale_row<1>(in, out, layer.size, factor, place.lane, place.lanes);
 }
 
-std::vector<Tensor> scale_filters(const char* op, const std::vector<Tensor>& inputs, const Tensor& mask,
-                                  ScalarType dtype, const std::optional<Tensor>& feedback, bool backward) {
-  const auto layers = check_weights(op, inputs);
-  check_masked_weights(op, count_filters(layers), mask, dtype, feedback);
-  if (inputs.empty()) return {};
-  check_same_device(op, "mask", mask, inputs[0]);
-  if (feedback) check_same_device(op, "feedback", *feedback, inputs[0]);
-  const DeviceGuard guard(inputs[0].get_device_index());
-  std::vector<Tensor> outputs;
-  std::vector<Run> runs;
-  for (size_t i = 0; i < layers.size(); ++i) {
-    outputs.push_back(empty_like(inputs[i], dtype));
-    runs.push_back({{layers[i].data, outputs[i].mutable_data_ptr()}, layers[i].filters, layers[i].size});
-  }
-  const Factors factors{
-      static_cast<const bool*>(mask.const_data_ptr()),
-      backward && feedback ? static_cast<const float*>(feedback->const_data_ptr()) : nullptr,
-      backward ? 1.0f : 0.0f,
-  };
-  const cudaStream_t stream = current_stream(inputs[0]);
-  const Plan plan = make_plan(runs, std::max(inputs[0].element_size(), outputs[0].element_size()));
-  visit_dtype(inputs[0].scalar_type(), [&](auto in_type) {
-    visit_dtype(dtype, [&](auto out_type) {
+}  // namespace
+
+void launch_masked_weights(const Plan& plan, Dtype in, Dtype out, const Factors& factors, Stream stream) {
+  visit_dtype(in, [&](auto in_type) {
+    visit_dtype(out, [&](auto out_type) {
       using In = typename decltype(in_type)::type;
       using Out = typename decltype(out_type)::type;
       for_launches(plan, [&](const Table& table, const Launch& grid) {
@@ -98,24 +74,6 @@ std::vector<Tensor> scale_filters(const char* op, const std::vector<Tensor>& inp
       });
     });
   });
-  return outputs;
-}
-
-std::vector<Tensor> masked_weights(std::vector<Tensor> weights, Tensor mask, ScalarType dtype,
-                                   std::optional<Tensor> feedback) {
-  return scale_filters("masked_weights", weights, mask, dtype, feedback, false);
-}
-
-std::vector<Tensor> masked_weights_backward(std::vector<Tensor> grads, Tensor mask, ScalarType dtype,
-                                            std::optional<Tensor> feedback) {
-  return scale_filters("masked_weights_backward", grads, mask, dtype, feedback, true);
-}
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) {
-  library.impl("masked_weights", TORCH_BOX(&masked_weights));
-  library.impl("masked_weights_backward", TORCH_BOX(&masked_weights_backward));
 }
 
 }  // namespace fastprune::cuda

@@ -8,7 +8,15 @@
 #include <string>
 #include <vector>
 
+struct CUstream_st;
+
 namespace fastprune::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+
+enum class Dtype { float32, float64, bfloat16, float16 };
+
+inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 inline constexpr int32_t kThreads = 512;  // of every block
 inline constexpr int32_t kThreadsShift = 9;

@@ -1,14 +1,13 @@
 // sgd_step_: contract in fastprune/ops/sgd_step.py.
-#include "../sgd_step.h"
 #include "launch.cuh"
 #include "norm.cuh"
+#include "sgd_step.h"
 
 namespace fastprune::cuda {
 namespace {
 
 constexpr int32_t kBlocksPerSm = 2;  // 64 registers at most, 32 warps on every multiprocessor since sm_80
 
-// What lies behind the pointers of a layer; the last two may be null.
 enum Pointer { kParam, kGrad, kMomentum, kMasked };
 
 template <class T>
@@ -28,12 +27,6 @@ struct Step {
   bool nesterov, first, maximize;
   const float* grad_scale;  // or null
   const float* found_inf;   // or null
-};
-
-struct Outputs {
-  const bool* mask;  // null: no masked weights are wanted
-  float* norms;      // or null
-  int32_t ord;
 };
 
 // A row, and what one thread does to it.
@@ -121,7 +114,7 @@ __device__ double step_row(const Row<T, Out>& row, int64_t size, const Place& pl
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     sgd_step_kernel(const __grid_constant__ Table table, const __grid_constant__ Step<Arithmetic<T>> step,
-                    const __grid_constant__ Outputs outputs) {
+                    const __grid_constant__ StepOutputs outputs) {
   const Place place = place_of(table, blockIdx.x, threadIdx.x);
   const TableLayer& layer = place.layer;
   const Extent extent = extent_of(place, kWidth<T>);
@@ -147,65 +140,30 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   if (extent.size && place.lane == 0) outputs.norms[filter] = isfinite(norm) ? norm : NAN;
 }
 
-using Tensors = std::vector<Tensor>;
+}  // namespace
 
-const float* pointer_of(const std::optional<Tensor>& scalar) {
-  return scalar ? static_cast<const float*>(scalar->const_data_ptr()) : nullptr;
-}
-
-Plan plan_of(const Tensors& params, const Tensors& grads, const Tensors& momenta, const Tensors& masked,
-             const std::vector<Layer>& weights) {
-  std::vector<Run> runs;
-  runs.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    const bool filters = i < weights.size();
-    runs.push_back({{params[i].mutable_data_ptr(), grads[i].const_data_ptr(),
-                     momenta.empty() ? nullptr : momenta[i].mutable_data_ptr(),
-                     filters && !masked.empty() ? masked[i].mutable_data_ptr() : nullptr},
-                    filters ? weights[i].filters : 0,
-                    filters ? weights[i].size : params[i].numel()});
-  }
-  // Vectors of the params, whatever the masked weights are: the norms are then those of filter_norms.
-  return make_plan(runs, params[0].element_size());
-}
-
-void sgd_step_(Tensors params, Tensors grads, Tensors momenta, double lr, double momentum, double dampening,
-               double weight_decay, bool nesterov, bool maximize, bool first,
-               std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, int64_t layers,
-               std::optional<Tensor> mask, Tensors masked, std::optional<Tensor> norms, int64_t ord) {
-  const std::vector<Layer> weights = check_sgd_step(params, grads, momenta, momentum, dampening, nesterov,
-                                                    grad_scale, found_inf, layers, mask, masked, norms, ord);
-  if (params.empty()) return;
-  const Outputs outputs{masked.empty() ? nullptr : static_cast<const bool*>(mask->const_data_ptr()),
-                        norms ? static_cast<float*>(norms->mutable_data_ptr()) : nullptr,
-                        static_cast<int32_t>(ord)};
-  const DeviceGuard guard(params[0].get_device_index());
-  const cudaStream_t stream = current_stream(params[0]);
-  const Plan plan = plan_of(params, grads, momenta, masked, weights);
-  visit_dtype(params[0].scalar_type(), [&](auto type) {
-    visit_dtype(masked.empty() ? ScalarType::Float : masked[0].scalar_type(), [&](auto out) {
+void launch_sgd_step(const Plan& plan, Dtype dtype, Dtype masked, const SgdStep& step,
+                     const StepOutputs& outputs, Stream stream) {
+  visit_dtype(dtype, [&](auto type) {
+    visit_dtype(masked, [&](auto out) {
       using T = typename decltype(type)::type;
       using Out = typename decltype(out)::type;
       using A = Arithmetic<T>;
-      const Step<A> step{static_cast<A>(lr),
-                         static_cast<A>(momentum),
-                         static_cast<A>(1 - dampening),
-                         static_cast<A>(weight_decay),
-                         nesterov,
-                         first,
-                         maximize,
-                         pointer_of(grad_scale),
-                         pointer_of(found_inf)};
+      const Step<A> rounded{static_cast<A>(step.lr),
+                            static_cast<A>(step.momentum),
+                            static_cast<A>(1 - step.dampening),
+                            static_cast<A>(step.weight_decay),
+                            step.nesterov,
+                            step.first,
+                            step.maximize,
+                            step.grad_scale,
+                            step.found_inf};
       for_launches(plan, [&](const Table& table, const Launch& grid) {
         sgd_step_kernel<T, Out>
-            <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, step, outputs);
+            <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, rounded, outputs);
       });
     });
   });
 }
-
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) { library.impl("sgd_step_", TORCH_BOX(&sgd_step_)); }
 
 }  // namespace fastprune::cuda

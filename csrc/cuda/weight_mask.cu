@@ -2,18 +2,16 @@
 //
 // Three launches count the importances' digits, most significant first, each within the bin that the one
 // before it found; a fourth writes the masks. The importances are computed anew each time, never stored.
-#include "../weight_mask.h"
 #include "launch.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
+#include "weight_mask.h"
 
 namespace fastprune::cuda {
 namespace {
 
 constexpr int32_t kBlocksPerSm = 2;  // 64 registers, 32 warps on every multiprocessor since sm_80
 
-// An importance is |a|, |a · a| or |a · b|; a and b lie behind the pointers of a layer, and then the mask.
-enum class Formula { magnitude, square, product };
 enum Pointer { kA, kB, kMask };
 
 template <class T>
@@ -186,14 +184,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   });
 }
 
-Formula formula_of(Importance importance) {
-  if (importance == Importance::taylor) return Formula::product;
-  return importance == Importance::l2 ? Formula::square : Formula::magnitude;
-}
-
 template <class T>
-void launch_all(const Plan& plan, Formula formula, uint64_t rank, WeightSelection* selection,
-                cudaStream_t stream) {
+void launch_all(const Plan& plan, Formula formula, uint64_t rank, WeightSelection* selection, Stream stream) {
   for (int32_t i = 0; i < kWeightPasses; ++i) {
     const Pass pass{i, kWeightDigits[i], static_cast<uint32_t>(plan.blocks), rank};
     for_launches(plan, [&](const Table& table, const Launch& grid) {
@@ -207,39 +199,14 @@ void launch_all(const Plan& plan, Formula formula, uint64_t rank, WeightSelectio
   });
 }
 
-std::vector<Tensor> weight_mask(std::vector<Tensor> weights, double rate, std::string name,
-                                std::vector<Tensor> grads) {
-  check_rate("weight_mask", rate);
-  const auto layers = check_weights("weight_mask", weights);
-  const Importance importance = parse_importance(name);
-  check_grads(weights, grads, importance, name);
-  if (weights.empty()) return {};
-  const Formula formula = formula_of(importance);
-  const DeviceGuard guard(weights[0].get_device_index());
-  const cudaStream_t stream = current_stream(weights[0]);
-
-  std::vector<Tensor> masks;
-  std::vector<Run> runs;
-  int64_t total = 0;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    masks.push_back(empty_like(weights[i], ScalarType::Bool));
-    const void* a = importance == Importance::grad ? grads[i].const_data_ptr() : layers[i].data;
-    const void* b = formula == Formula::product ? grads[i].const_data_ptr() : nullptr;
-    runs.push_back({{a, b, masks[i].mutable_data_ptr()}, 0, weights[i].numel()});
-    total += weights[i].numel();
-  }
-  const Plan plan = make_plan(runs, weights[0].element_size());
-  Tensor scratch = torch::stable::new_empty(weights[0], {sizeof(WeightSelection)}, ScalarType::Byte);
-  auto* selection = static_cast<WeightSelection*>(scratch.mutable_data_ptr());
-  STD_CUDA_CHECK(cudaMemsetAsync(selection, 0, sizeof(*selection), stream));
-  visit_dtype(weights[0].scalar_type(), [&](auto type) {
-    launch_all<typename decltype(type)::type>(plan, formula, threshold_rank(total, rate), selection, stream);
-  });
-  return masks;
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastprune, CUDA, library) { library.impl("weight_mask", TORCH_BOX(&weight_mask)); }
+void launch_weight_mask(const Plan& plan, Dtype dtype, Formula formula, int64_t rank,
+                        WeightSelection* selection, Stream stream) {
+  clear(selection, sizeof(*selection), stream);
+  visit_dtype(dtype, [&](auto type) {
+    launch_all<typename decltype(type)::type>(plan, formula, rank, selection, stream);
+  });
+}
 
 }  // namespace fastprune::cuda

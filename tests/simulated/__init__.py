@@ -1,6 +1,7 @@
 """The GPU implementations of the ops on a CPU: what the compilers made of them, executed by ptxrun.
 
-``cuda_<op>.py`` does what the launcher of ``csrc/cuda/<op>.cu`` does; Triton's launchers run as they are.
+``cuda_<op>.py`` does what ``csrc/cuda/launchers/<op>.cpp`` and the launches of ``csrc/cuda/<op>.cu`` do; Triton's
+launchers run as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The launcher of csrc/cuda/decorrelation.cu: the checks, and the launchers of the kinds."""
+"""csrc/cuda/launchers/decorrelation.cpp: the checks, and the launchers of the kinds."""
 
 from __future__ import annotations
 

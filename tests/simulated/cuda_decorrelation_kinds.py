@@ -1,4 +1,4 @@
-"""What the launchers of csrc/cuda/decorrelation_orthogonality.cu and decorrelation_kernel_covariance.cu share."""
+"""What the launches of csrc/cuda/decorrelation_orthogonality.cu and decorrelation_kernel_covariance.cu share."""
 
 from __future__ import annotations
 

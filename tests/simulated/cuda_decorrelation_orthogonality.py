@@ -1,4 +1,4 @@
-"""The launcher of csrc/cuda/decorrelation_orthogonality.cu."""
+"""The launcher and the launches of csrc/cuda/decorrelation_orthogonality.cu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launchers of csrc/cuda/filter_mask.cu."""
+"""The launchers and the launches of csrc/cuda/filter_mask.cu."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The launcher of csrc/cuda/hyper_weight.cu."""
+"""The launcher and the launches of csrc/cuda/hyper_weight.cu."""
 
 from __future__ import annotations
 

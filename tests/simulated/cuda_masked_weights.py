@@ -1,4 +1,4 @@
-"""The launcher of csrc/cuda/masked_weights.cu."""
+"""The launcher and the launches of csrc/cuda/masked_weights.cu."""
 
 from __future__ import annotations
 

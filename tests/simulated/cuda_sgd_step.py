@@ -1,4 +1,4 @@
-"""The launcher of csrc/cuda/sgd_step.cu."""
+"""The launcher and the launches of csrc/cuda/sgd_step.cu."""
 
 from __future__ import annotations
 

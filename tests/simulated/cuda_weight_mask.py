@@ -1,4 +1,4 @@
-"""The launcher of csrc/cuda/weight_mask.cu."""
+"""The launcher and the launches of csrc/cuda/weight_mask.cu."""
 
 from __future__ import annotations
 

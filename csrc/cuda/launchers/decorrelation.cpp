@@ -1,9 +1,11 @@
 // decorrelation and its backward: contracts in fastprune/ops/decorrelation.py. The kinds are in
-// decorrelation_<kind>.cu.
+// ../decorrelation_<kind>.cu.
+#include "../decorrelation.h"
+
 #include <tuple>
 
-#include "decorrelation.h"
-#include "launch.cuh"
+#include "../../decorrelation_check.h"
+#include "launcher.h"
 
 namespace fastprune::cuda {
 namespace {
@@ -22,7 +24,7 @@ int64_t scratch_bytes(const Problem& problem, bool backward) {
 Problem problem_of(const Decorrelation& call, const char* op, const std::vector<Tensor>& weights,
                    const std::optional<Tensor>& mask) {
   if (mask) check_same_device(op, "mask", *mask, weights[0]);
-  return {call, weights[0].scalar_type(), mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
+  return {call, dtype_of(weights[0]), mask ? static_cast<const bool*>(mask->const_data_ptr()) : nullptr,
           nullptr};
 }
 
@@ -39,7 +41,7 @@ std::tuple<Tensor, Tensor> decorrelation(std::vector<Tensor> weights, std::strin
   const Decorrelation call = describe_decorrelation(kOp, weights, kind, include_diagonal, mask, precision);
   Problem problem = problem_of(call, kOp, weights, mask);
   const DeviceGuard guard(weights[0].get_device_index());
-  const cudaStream_t stream = current_stream(weights[0]);
+  const Stream stream = current_stream(weights[0]);
   Tensor penalty = torch::stable::new_empty(weights[0], {}, accumulator_dtype(weights[0]));
   Tensor coefficients =
       torch::stable::new_empty(weights[0], {call.coefficients}, coefficient_dtype(call.kind, weights[0]));
@@ -68,7 +70,7 @@ std::vector<Tensor> decorrelation_backward(Tensor grad, std::vector<Tensor> weig
   check_same_device(kOp, "coefficients", coefficients, weights[0]);
   Problem problem = problem_of(call, kOp, weights, mask);
   const DeviceGuard guard(weights[0].get_device_index());
-  const cudaStream_t stream = current_stream(weights[0]);
+  const Stream stream = current_stream(weights[0]);
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < weights.size(); ++i) {
     gradients.push_back(empty_like(weights[i], weights[i].scalar_type()));

@@ -1,0 +1,77 @@
+// The arguments of decorrelation and its backward, checked and laid out; what every implementation begins
+// with.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "check.h"
+#include "decorrelation.h"
+
+namespace fastprune {
+
+inline Kind parse_kind(const char* op, const std::string& name) {
+  if (name == "covariance") return Kind::covariance;
+  if (name == "kernel-covariance") return Kind::kernel_covariance;
+  if (name == "correlation") return Kind::correlation;
+  if (name == "orthogonality") return Kind::orthogonality;
+  fail(op, ": kind must be one of covariance, kernel-covariance, correlation, orthogonality; got ", name);
+}
+
+inline Precision parse_precision(const char* op, const std::string& name) {
+  if (name == "highest") return Precision::highest;
+  if (name == "high") return Precision::high;
+  if (name == "medium") return Precision::medium;
+  fail(op, ": precision must be one of highest, high, medium; got ", name);
+}
+
+inline ScalarType accumulator_dtype(const Tensor& weight) {
+  return weight.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline ScalarType coefficient_dtype(Kind kind, const Tensor& weight) {
+  return kind == Kind::covariance ? ScalarType::Int : accumulator_dtype(weight);
+}
+
+inline int64_t count_coefficients(Kind kind, int64_t filters, int64_t size) {
+  if (kind == Kind::covariance) return filters * words_per_row(filters);
+  if (kind == Kind::correlation) return filters * filters;
+  return kind == Kind::orthogonality ? 2 * size : 0;
+}
+
+// Checks the arguments that both directions have.
+inline Decorrelation describe_decorrelation(const char* op, const std::vector<Tensor>& weights,
+                                            const std::string& kind, bool diagonal,
+                                            const std::optional<Tensor>& mask, const std::string& precision) {
+  const auto layers = check_weights(op, weights);
+  Decorrelation call{parse_kind(op, kind), diagonal, {}, {}, 0};
+  if (mask) check_filter_vector(op, "mask", *mask, count_filters(layers), ScalarType::Bool);
+  call.precision = parse_precision(op, precision);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto [data, filters, size, first] = layers[i];
+    DecorrelationLayer layer{data, nullptr, filters, size, first, call.coefficients, {size, 1, 1}, {1, 1, 1}};
+    for (int64_t d = 0; d < 3 && weights[i].dim() == 4; ++d) {
+      layer.sizes[d] = weights[i].size(d + 1);
+      layer.strides[d] = weights[i].stride(d + 1);
+    }
+    call.layers.push_back(layer);
+    call.coefficients += count_coefficients(call.kind, filters, size);
+  }
+  return call;
+}
+
+// Checks the other arguments of the backward.
+inline void check_decorrelation_backward(const Decorrelation& call, const std::vector<Tensor>& weights,
+                                         const Tensor& grad, const Tensor& coefficients) {
+  const ScalarType dtype = coefficient_dtype(call.kind, weights[0]);
+  if (coefficients.scalar_type() != dtype || coefficients.dim() != 1 ||
+      coefficients.size(0) != call.coefficients || !coefficients.is_contiguous())
+    fail("decorrelation_backward: coefficients must be the forward's, ", dtype_name(dtype), " [",
+         call.coefficients, "], got ", dtype_name(coefficients.scalar_type()), " ",
+         list(coefficients.sizes()));
+  if (grad.scalar_type() != accumulator_dtype(weights[0]) || grad.numel() != 1)
+    fail("decorrelation_backward: grad must be a scalar of ", dtype_name(accumulator_dtype(weights[0])),
+         ", got ", dtype_name(grad.scalar_type()), " ", list(grad.sizes()));
+}
+
+}  // namespace fastprune
