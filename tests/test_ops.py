@@ -183,13 +183,15 @@ def same_bits(first: Tensor, second: Tensor) -> bool:
 
 def test_same_bits_in_every_run_and_for_every_number_of_threads(implementation: Implementation) -> None:
     shapes = [*cases.RESNET56[::9], (300, 150), (64, 64, 3, 3)]  # large enough to be split among threads
+    if implementation not in cases.FAST:
+        shapes = [*cases.RESNET56[::18], (70, 150)]
     made, grads = cases.random_weights(shapes), cases.random_weights(shapes, seed=1)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         runs = [everything(made, grads), everything(made, grads)]
         torch.set_num_threads(1)
-        if implementation.backend != "reference":  # its sums are PyTorch's, which promise less
+        if implementation in cases.COMPILED:  # the reference's sums are PyTorch's, which promise less
             runs.append(everything(made, grads))
     finally:
         torch.set_num_threads(threads)
