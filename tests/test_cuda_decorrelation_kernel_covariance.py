@@ -204,8 +204,8 @@ FAULTS = {
     "no barrier before the mask is read": (
         "race_shared|uninit_shared",
         "decorrelation_kernel_covariance_run.cuh",
-        "  __syncthreads();\n  return {",
-        "  return {",
+        "    __syncthreads();\n  }\n  return {",
+        "  }\n  return {",
     ),
     "no fence before the ticket": ("race_global", "reduce.cuh", "__threadfence();  // what this thread wrote", "//"),
     "an element past the end": (
