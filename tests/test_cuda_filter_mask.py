@@ -150,7 +150,7 @@ def test_update_overwrites_the_mask() -> None:
 
 
 def test_one_launch_for_as_many_layers_as_a_table_has() -> None:
-    weights = cases.random_weights([(2, 3)] * (cuda.host().capacity()))
+    weights = cases.random_weights([(2, 3)] * cuda.host().capacity())
     check(weights, 0.4, arch="sm_90")
 
 

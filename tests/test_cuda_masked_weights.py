@@ -152,7 +152,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks(order: dict[str, Any]) -> Non
 
 
 def test_full_tables_and_several() -> None:
-    shapes = [(2, 3)] * (cuda.host().capacity())
+    shapes = [(2, 3)] * cuda.host().capacity()
     check(shapes, torch.float32, torch.float32)
     weights, mask = cases.random_weights(LAYERS["mixed"]), cases.random_mask(LAYERS["mixed"])
     split = call(weights, mask, torch.float16, capacity=2)

@@ -37,10 +37,9 @@ class Clone:
     def make(self, *arguments: str, fails: bool = False) -> list[str]:
         """Run make and return what it had Python do."""
         (self.folder / "log").unlink(missing_ok=True)
-        clean = {
-            name: value for name, value in os.environ.items() if not name.startswith(("FASTPRUNE_", "MAKE", "PIP_"))
-        }
-        clean.pop("VENV", None)
+        # Variables given to the make that runs these tests are in the environment, too.
+        outer = ("FASTPRUNE_", "MAKE", "MFLAGS", "PIP_", "ARGS", "PYTHON", "VENV")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
         ran = subprocess.run(
             ["make", "PYTHON=./python", *arguments], cwd=self.folder, env=clean, capture_output=True, text=True
         )
