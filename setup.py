@@ -107,8 +107,9 @@ def extension(
         libraries=["torch_cpu", *libraries],
         # As system headers, torch's own raise no warnings.
         extra_compile_args={"cxx": [*CXX_FLAGS, *headers], "nvcc": [*NVCC_FLAGS, *nvcc_flags, *headers]},
-        # The headers: what setuptools looks at before it builds again, and what goes into a source distribution.
-        depends=sorted(path for kind in ("h", "inl", "cuh") for path in glob(f"csrc/**/*.{kind}", recursive=True)),
+        # What setuptools looks at before it builds again, and what goes into a source distribution: with the sources of
+        # CUDA, wherever that is made.
+        depends=sorted(glob("csrc/**/*.*", recursive=True)),
         language="c++",
         py_limited_api=True,
     )
