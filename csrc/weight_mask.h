@@ -31,4 +31,17 @@ inline void check_grads(const std::vector<Tensor>& weights, const std::vector<Te
   }
 }
 
+struct WeightMask {
+  std::vector<Layer> layers;
+  Importance importance;
+};
+
+inline WeightMask check_weight_mask(const std::vector<Tensor>& weights, double rate, const std::string& name,
+                                    const std::vector<Tensor>& grads) {
+  check_rate("weight_mask", rate);
+  WeightMask call{check_weights("weight_mask", weights), parse_importance(name)};
+  check_grads(weights, grads, call.importance, name);
+  return call;
+}
+
 }  // namespace fastprune

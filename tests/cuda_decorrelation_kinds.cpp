@@ -11,18 +11,13 @@ namespace orthogonality = fastprune::cuda::orthogonality;
 
 namespace {
 
-// As DecorrelationLayer of csrc/decorrelation.h, which needs PyTorch's headers.
-struct From {
-  const void* data;
-  void* gradient;
-  int64_t filters, size, first, coefficients, sizes[3], strides[3];
-};
+using fastprune::DecorrelationLayer;
 
 // Null with a message in `error` (of 256 bytes) where the layers cannot be laid out.
 template <class F>
-void* make(const F& make_plan, const From* layers, int64_t count, char* error) {
+void* make(const F& make_plan, const DecorrelationLayer* layers, int64_t count, char* error) {
   try {
-    return make_plan(std::vector<From>(layers, layers + count));
+    return make_plan(std::vector<DecorrelationLayer>(layers, layers + count));
   } catch (const std::exception& exception) {
     std::strncpy(error, exception.what(), 255);
     return nullptr;
@@ -41,10 +36,10 @@ extern "C" {
 
 int32_t orthogonality_capacity() { return orthogonality::kTable; }
 
-void* orthogonality_plan(const From* layers, int64_t count, int64_t element_size, bool backward,
+void* orthogonality_plan(const DecorrelationLayer* layers, int64_t count, int64_t element_size, bool backward,
                          int32_t capacity, char* error) {
   return make(
-      [&](const std::vector<From>& from) {
+      [&](const std::vector<DecorrelationLayer>& from) {
         return new orthogonality::Plan(orthogonality::make_plan(from, element_size, backward, capacity));
       },
       layers, count, error);
@@ -68,10 +63,10 @@ int64_t orthogonality_table(const orthogonality::Plan* plan, int64_t launch, voi
 
 int32_t kernel_covariance_capacity() { return kernel_covariance::kTable; }
 
-void* kernel_covariance_plan(const From* layers, int64_t count, int64_t element_size, bool, int32_t capacity,
-                             char* error) {
+void* kernel_covariance_plan(const DecorrelationLayer* layers, int64_t count, int64_t element_size, bool,
+                             int32_t capacity, char* error) {
   return make(
-      [&](const std::vector<From>& from) {
+      [&](const std::vector<DecorrelationLayer>& from) {
         return new kernel_covariance::Plan(kernel_covariance::make_plan(from, element_size, capacity));
       },
       layers, count, error);

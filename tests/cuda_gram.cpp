@@ -6,12 +6,7 @@
 
 using namespace fastprune::cuda::gram;
 
-// As DecorrelationLayer of csrc/decorrelation.h, which needs PyTorch's headers.
-struct From {
-  const void* data;
-  void* gradient;
-  int64_t filters, size, first, coefficients, sizes[3], strides[3];
-};
+using fastprune::DecorrelationLayer;
 
 extern "C" {
 
@@ -20,10 +15,10 @@ int32_t gram_capacity() { return kTable; }
 int64_t gram_table_bytes() { return sizeof(Table); }
 
 // Null with a message in `error` (of 256 bytes) where the layers cannot be laid out.
-Plan* gram_plan(const From* layers, int64_t count, int64_t element_size, bool correlation, bool backward,
-                int32_t capacity, char* error) {
+Plan* gram_plan(const DecorrelationLayer* layers, int64_t count, int64_t element_size, bool correlation,
+                bool backward, int32_t capacity, char* error) {
   try {
-    const std::vector<From> from(layers, layers + count);
+    const std::vector<DecorrelationLayer> from(layers, layers + count);
     return new Plan(make_plan(from, element_size, correlation, backward, capacity));
   } catch (const std::exception& exception) {
     std::strncpy(error, exception.what(), 255);

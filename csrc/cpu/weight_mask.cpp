@@ -81,10 +81,7 @@ void for_chunks(const std::vector<Tensor>& weights, const std::vector<Tensor>& g
 
 std::vector<Tensor> weight_mask(std::vector<Tensor> weights, double rate, std::string name,
                                 std::vector<Tensor> grads) {
-  check_rate("weight_mask", rate);
-  const auto layers = check_weights("weight_mask", weights);
-  const Importance importance = parse_importance(name);
-  check_grads(weights, grads, importance, name);
+  const Importance importance = check_weight_mask(weights, rate, name, grads).importance;
 
   std::vector<Tensor> masks;
   std::vector<Chunk> chunks;

@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../decorrelation.h"
+
 namespace fastprune::cuda::gram {
 
 inline constexpr int32_t kBlock = 128;     // threads: four warps, each with 32 x 32 results
@@ -73,18 +75,17 @@ inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size
 // Columns of a tile of the gradient.
 inline constexpr int32_t gradient_columns(bool small) { return small ? 4 * kSmallTile : kLargeTile; }
 
-// `layers` are DecorrelationLayer of ../decorrelation.h. A covariance leaves a sum for every tile, a
+// A covariance leaves a sum for every tile, a
 // correlation one for every filter and panel.
-template <class From>
-Plan make_plan(const std::vector<From>& layers, int64_t element_size, bool correlation, bool backward,
-               int32_t capacity = kTable) {
+inline Plan make_plan(const std::vector<DecorrelationLayer>& layers, int64_t element_size, bool correlation,
+                      bool backward, int32_t capacity = kTable) {
   const int64_t vector = element_size == 8 ? 2 : 4;
   const auto whole = [&](const void* pointer, int64_t size) {
     return reinterpret_cast<uintptr_t>(pointer) % (vector * element_size) == 0 && size % vector == 0;
   };
   Plan plan;
   plan.layers.reserve(layers.size());
-  for (const From& from : layers) {
+  for (const DecorrelationLayer& from : layers) {
     if (plan.launches.empty() || plan.launches.back().count == capacity)
       plan.launches.push_back({static_cast<int64_t>(plan.layers.size()), 0, 0, 0});
     Launch& launch = plan.launches.back();

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../decorrelation.h"
 #include "plan.h"
 
 namespace fastprune::cuda::kernel_covariance {
@@ -74,8 +75,7 @@ inline Way way_of(const Layer& layer, int64_t elements, int64_t tile) {
 }
 
 // The layer, and how many blocks it wants.
-template <class From>
-std::pair<Layer, int64_t> lay_out(const From& from, int64_t element_size) {
+inline std::pair<Layer, int64_t> lay_out(const DecorrelationLayer& from, int64_t element_size) {
   if (from.size > kLargestFilter || from.filters + from.first > kMostFilters)
     throw std::runtime_error("fastprune: kernel-covariance takes at most " + std::to_string(kMostFilters) +
                              " filters of " + std::to_string(kLargestFilter) + " elements on CUDA");
@@ -107,11 +107,11 @@ std::pair<Layer, int64_t> lay_out(const From& from, int64_t element_size) {
   return {layer, (count + layer.per_block - 1) / layer.per_block};
 }
 
-// `layers` are DecorrelationLayer of ../decorrelation.h, with gradients or, forward, without.
-template <class From>
-Plan make_plan(const std::vector<From>& layers, int64_t element_size, int32_t capacity = kTable) {
+// Layers have gradients or, forward, none.
+inline Plan make_plan(const std::vector<DecorrelationLayer>& layers, int64_t element_size,
+                      int32_t capacity = kTable) {
   Plan plan;
-  for (const From& from : layers) {
+  for (const DecorrelationLayer& from : layers) {
     auto [layer, blocks] = lay_out(from, element_size);
     if (blocks == 0) continue;
     if (plan.launches.empty() || plan.launches.back().count == capacity)

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../decorrelation.h"
 #include "plan.h"
 
 namespace fastprune::cuda::orthogonality {
@@ -112,13 +113,12 @@ inline Layer lay_out(int64_t filters, int64_t size, int64_t width) {
   return layer;
 }
 
-// `layers` are DecorrelationLayer of ../decorrelation.h. A thread reads `width` elements at once.
-template <class From>
-Plan make_plan(const std::vector<From>& layers, int64_t element_size, bool backward,
-               int32_t capacity = kTable) {
+// A thread reads `width` elements at once.
+inline Plan make_plan(const std::vector<DecorrelationLayer>& layers, int64_t element_size, bool backward,
+                      int32_t capacity = kTable) {
   const int64_t width = element_size == 8 ? 2 : 4, vectors = backward ? 4 : 2;
   Plan plan;
-  for (const From& from : layers) {
+  for (const DecorrelationLayer& from : layers) {
     if (from.size > kLargestFilter || from.filters + from.first > kLargestFilter)
       throw std::runtime_error("fastprune: orthogonality takes at most " + std::to_string(kLargestFilter) +
                                " filters of " + std::to_string(kLargestFilter) + " elements on CUDA");

@@ -14,10 +14,7 @@ Formula formula_of(Importance importance) {
 
 std::vector<Tensor> weight_mask(std::vector<Tensor> weights, double rate, std::string name,
                                 std::vector<Tensor> grads) {
-  check_rate("weight_mask", rate);
-  const auto layers = check_weights("weight_mask", weights);
-  const Importance importance = parse_importance(name);
-  check_grads(weights, grads, importance, name);
+  const auto [layers, importance] = check_weight_mask(weights, rate, name, grads);
   if (weights.empty()) return {};
   const Formula formula = formula_of(importance);
   const DeviceGuard guard(weights[0].get_device_index());
