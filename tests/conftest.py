@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import cases
 import pytest
 import triton_interpreter
+from dead_worker import pytest_configure, pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 from ptxrun import NVCC
 
 # The CUDA kernels are compiled by nvcc and executed on the CPU. Where there is none, their tests are left out of a
