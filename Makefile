@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-gpu-kernels bench gpu-check lint format wheel clean environment FORCE
+.PHONY: help train test test-slow test-gpu-kernels test-gpu-kernels-changed bench gpu-check lint format wheel clean environment FORCE
 
 VENV ?= .venv
 ARGS ?=
@@ -21,7 +21,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built$(if $(FASTPRUNE_NO_EXT),-no-ext-$(FASTPRUNE_NO_EXT))$(if $(FASTPRUNE_CUDA),-cuda-$(FASTPRUNE_CUDA))
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
 
 train: environment ## train, prune and compare: the quick recipe, a few minutes (ARGS="--epochs 3" ...)
 	@$(PY) -m fastprune.train $(QUICK_RUN) $(ARGS)
@@ -32,9 +32,17 @@ test: environment ## the tests, without the slow ones, on all cores
 test-slow: environment ## the slow tests only
 	@$(PY) -m pytest -m "slow and not gpu_kernels" $(ARGS)
 
+# The table of clean tests is tests/verdicts/clean.txt: the first writes it anew, the second leaves out what it has.
 test-gpu-kernels: environment ## the kernels of GPUs, executed on the CPU: interpreted, then as compiled (half an hour)
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 -m "" -k triton-interpreted tests $(ARGS)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 -m gpu_kernels $(ARGS)
+	@$(call test_gpu_kernels,rewrite)
+
+test-gpu-kernels-changed: environment ## of these what has changed, and a tenth of the rest (minutes)
+	@$(call test_gpu_kernels,check)
+
+define test_gpu_kernels
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 --verdicts=$(1) -m "" -k triton-interpreted tests $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 --verdicts=$(1) -m gpu_kernels $(ARGS)
+endef
 
 bench: environment ## every op beside its rivals
 	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)

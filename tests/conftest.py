@@ -20,6 +20,8 @@ import triton_interpreter
 from dead_worker import pytest_configure, pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 from ptxrun import NVCC
 
+pytest_plugins = ["verdicts"]
+
 # The CUDA kernels are compiled by nvcc and executed on the CPU. Where there is none, their tests are left out of a
 # whole run, which says so, and fail where they are asked for (make test-gpu-kernels).
 collect_ignore_glob = [] if NVCC else ["test_cuda_*.py", "ptxrun/*"]

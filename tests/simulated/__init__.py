@@ -21,28 +21,15 @@ from .gpu import Gpu
 
 __all__ = ["Gpu", "implementations", "serving"]
 
-# By op, the module with a function of its name, which takes a Gpu and then the op's very arguments.
-CUDA = {
-    "filter_norms": "filter_mask",
-    "kth_threshold": "filter_mask",
-    "filter_mask": "filter_mask",
-    "update_filter_masks_": "filter_mask",
-    "masked_weights": "masked_weights",
-    "masked_weights_backward": "masked_weights",
-    "hyper_weight": "hyper_weight",
-    "hyper_weight_backward": "hyper_weight",
-    "sgd_step_": "sgd_step",
-    "weight_mask": "weight_mask",
-    "decorrelation": "decorrelation",
-    "decorrelation_backward": "decorrelation",
-}
-
 
 def implementations(kind: str, gpu: Gpu) -> dict[str, Callable[..., Any]]:
-    """By op, the function that runs it on a simulated GPU: by the ``cuda`` kernels or by those of ``triton``."""
+    """By op, the function that runs it on a simulated GPU: by the ``cuda`` kernels or by those of ``triton``.
+
+    ``cuda_<basename>.py`` has a function of the op's name, which takes a Gpu and then the op's very arguments.
+    """
     if kind == "triton":
         return {op: triton.on(gpu, op, kernels.load(op)) for op in kernels.MODULES}
-    modules = {op: importlib.import_module(f"{__name__}.cuda_{name}") for op, name in CUDA.items()}
+    modules = {op: importlib.import_module(f"{__name__}.cuda_{name}") for op, name in kernels.MODULES.items()}
     return {op: functools.partial(getattr(module, op), gpu) for op, module in modules.items()}
 
 
