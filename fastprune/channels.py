@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torchvision
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from .graph import shape
 from .nn import MaskedConv2d
+from .stochastic_depth import is_stochastic_depth
 
 Ids = NDArray[np.int64]
 Values = NDArray[np.float64]
@@ -37,7 +37,7 @@ _ELEMENTWISE: set[Any] = {
 }
 # In eval mode, or always, what they do to a constant is nothing.
 _IDENTITIES = (
-    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout, torchvision.ops.StochasticDepth),
+    *(nn.Identity, nn.Dropout, nn.Dropout2d, nn.AlphaDropout),
     *(nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
 )
 _IDENTITY: set[Any] = {
@@ -219,7 +219,7 @@ def _module(found: Analysis, node: fx.Node, module: nn.Module) -> Channels | Non
         return Channels(ids, _normalised(module, constants))
     if isinstance(module, _ELEMENTWISE_MODULES):
         return Channels(ids, _applied(module, constants))
-    if isinstance(module, _IDENTITIES):
+    if _is_identity(module):
         return source
     if isinstance(module, nn.AvgPool2d):
         plain = not found.exact or (module.padding in (0, (0, 0)) and not module.ceil_mode)
@@ -228,6 +228,11 @@ def _module(found: Analysis, node: fx.Node, module: nn.Module) -> Channels | Non
     if isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1:
         return _flattened(node, source)
     return None
+
+
+def _is_identity(module: nn.Module) -> bool:
+    """Whether a constant is the same behind it, in eval mode."""
+    return isinstance(module, _IDENTITIES) or is_stochastic_depth(module)
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -369,7 +374,7 @@ def _pays(found: Analysis, node: fx.Node, branch: Channels) -> bool:
             inputs = np.isnan(found.results[source].constants).sum() if source in found.results else module.in_channels
             each = int(inputs) // module.groups * math.prod(module.kernel_size)
             return constant * each >= MULTIPLICATIONS_PER_CHANNEL * len(branch.ids)
-        if not isinstance(module, (nn.BatchNorm2d, *_IDENTITIES, *_ELEMENTWISE_MODULES)):
+        if not (_is_identity(module) or isinstance(module, (nn.BatchNorm2d, *_ELEMENTWISE_MODULES))):
             break
         node = source
     return False

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import ShapeProp
@@ -14,6 +13,7 @@ from torch.nn import functional
 
 from .nn import MaskedConv2d
 from .scatter import Scatter
+from .stochastic_depth import is_stochastic_depth, stochastic_depth
 
 __all__ = ["shape", "trace"]
 
@@ -95,11 +95,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one node."""
-        own = (
-            isinstance(m, (MaskedConv2d, Scatter, torchvision.ops.StochasticDepth))
-            or _is_drop_path(m)
-            or _has_activation(m)
-        )
+        own = isinstance(m, (MaskedConv2d, Scatter)) or is_stochastic_depth(m) or _is_drop_path(m) or _has_activation(m)
         return own or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -159,7 +155,7 @@ class _Rewriter:
             if not getattr(module, "scale_by_keep", True):
                 raise ValueError(f"{name} is a DropPath that does not scale what it keeps: no StochasticDepth does so")
             rate: Any = module.drop_prob
-            self._set(name, torchvision.ops.StochasticDepth(float(rate or 0), "row"))
+            self._set(name, stochastic_depth()(float(rate or 0), "row"))
         elif _has_activation(module):
             self._set(name, _plain(module, next(kind for kind in _NORMS if isinstance(module, kind))))
             last = node

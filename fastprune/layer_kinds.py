@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 from torch.nn import functional
 
 from .nn import MaskedConv2d
 from .scatter import Scatter
+from .stochastic_depth import stochastic_depth
 
 __all__ = ["ATTRIBUTES", "DTYPES", "FUNCTIONS", "METHODS", "MODULES", "WORDS", "ModuleKind", "is_number", "kind_of"]
 
@@ -145,7 +145,6 @@ _ARGUMENTS: list[tuple[tuple[type[nn.Module], ...], dict[str, Check]]] = [
     ((nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d), _adaptive),
     ((nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d), {**_adaptive, "return_indices": _never}),
     ((nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout), _dropout),
-    ((torchvision.ops.StochasticDepth,), {"p": _share, "mode": _word("row", "batch")}),
     ((nn.Flatten,), {"start_dim": _dim, "end_dim": _dim}),
     ((nn.ZeroPad2d,), {"padding": _ints(-_LARGEST)}),
     ((nn.ReflectionPad2d, nn.ReplicationPad2d), {"padding": _ints(0)}),
@@ -162,8 +161,13 @@ _ARGUMENTS: list[tuple[tuple[type[nn.Module], ...], dict[str, Check]]] = [
 class ModuleKind:
     """A class of modules and the arguments that its constructor takes, each with what is allowed for it."""
 
-    make: type[nn.Module]
+    load: Callable[[], type[nn.Module]]  # the class: torchvision's is loaded when it is wanted
     arguments: dict[str, Check]
+
+    @property
+    def make(self) -> type[nn.Module]:
+        """The class."""
+        return self.load()
 
     def read(self, module: nn.Module) -> dict[str, Any]:
         """Return the arguments that made a module, from its attributes."""
@@ -181,7 +185,12 @@ class ModuleKind:
         return sorted([*unlike, *bad])
 
 
-MODULES = {kind.__name__: ModuleKind(kind, arguments) for kinds, arguments in _ARGUMENTS for kind in kinds}
+def _loaded(kind: type[nn.Module]) -> Callable[[], type[nn.Module]]:
+    return lambda: kind
+
+
+MODULES = {kind.__name__: ModuleKind(_loaded(kind), arguments) for kinds, arguments in _ARGUMENTS for kind in kinds}
+MODULES["StochasticDepth"] = ModuleKind(stochastic_depth, {"p": _share, "mode": _word("row", "batch")})
 
 
 def kind_of(module: nn.Module) -> str | None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .channel_flow import CONVOLUTIONS, Value, flat, propagate
@@ -58,7 +57,10 @@ class OpCounter(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, masked: bool) -> None:
+        from torch.utils import flop_counter  # loads Triton
+
         super().__init__()
+        self._flop_counter = flop_counter
         self.masked = masked
         self.modules = dict(model.named_modules())
         # Masks are read before anything is fake. A filter of which a single weight is left is kept.
@@ -146,11 +148,11 @@ class OpCounter(TorchDispatchMode):
             return self._convolution(args, inputs[0], out)
         if (name is aten.addmm and inputs[0] is inputs[2] is None) or (name is aten.mm and inputs[1] is None):
             return self._linear(args[-2:], inputs[-2], out, has_bias=name is aten.addmm)
-        if name in flop_registry:
-            macs = flop_registry[name](*args, out_val=results if len(results) > 1 else results[0]) // 2
+        if count := self._flop_counter.flop_registry.get(name):
+            macs = count(*args, out_val=results if len(results) > 1 else results[0]) // 2
             return lambda: (macs, 0)
         if name is aten._scaled_dot_product_flash_attention_for_cpu:
-            macs = sdpa_flop_count(*(tuple(tensor.shape) for tensor in args[:3])) // 2
+            macs = self._flop_counter.sdpa_flop_count(*(tuple(tensor.shape) for tensor in args[:3])) // 2
             return lambda: (macs, 0)
         if not results[0].is_floating_point() or name in _COPIES:
             return lambda: (0, 0)

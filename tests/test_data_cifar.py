@@ -174,7 +174,7 @@ def test_disk_full_while_unpacking(archive: Path, root: Path, monkeypatch: pytes
         (target / "half").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cifar_module, "extract_archive", no_space)
+    monkeypatch.setattr("torchvision.datasets.utils.extract_archive", no_space)
     with pytest.raises(DataError, match="No space left"):
         load("cifar10", root=root)
     assert [path.name for path in root.iterdir()] == [ARCHIVE]

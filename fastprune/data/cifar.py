@@ -12,19 +12,20 @@ import tempfile
 from collections.abc import Iterator
 from http.client import HTTPException
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity, extract_archive
 
 from .folder import load_folder
 from .images import DataError, DataUnavailableError, ImageData
 
+if TYPE_CHECKING:
+    from torchvision.datasets import CIFAR10
+
 TIMEOUT_S = 10.0  # of each network operation of a download
 
-_KINDS = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 _TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100"}
-NAMES = tuple(_KINDS)
+NAMES = tuple(_TITLES)
 
 
 def load_cifar(name: str, root: Path) -> ImageData:
@@ -45,7 +46,7 @@ def load_cifar(name: str, root: Path) -> ImageData:
         DataError: what is on disk is damaged or cannot be unpacked.
         DataUnavailableError: nothing on disk, and no download.
     """
-    kind, title = _KINDS[name], _TITLES[name]
+    kind, title = _torchvisions(name), _TITLES[name]
     unpacked, archive, folder = root / kind.base_folder, root / kind.filename, root / name
     if unpacked.is_dir():
         return _read(name, root, f"{title} found in {unpacked}")
@@ -58,8 +59,15 @@ def load_cifar(name: str, root: Path) -> ImageData:
     return _read(name, root, f"{title} downloaded to {unpacked}")
 
 
+def _torchvisions(name: str) -> type[CIFAR10]:
+    """torchvision's class, loaded when it is wanted: it takes seconds, and other data do without."""
+    from torchvision import datasets
+
+    return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
 def _read(name: str, root: Path, source: str) -> ImageData:
-    kind = _KINDS[name]
+    kind = _torchvisions(name)
     try:
         train, test = kind(root, train=True), kind(root, train=False)
     except (RuntimeError, OSError) as error:
@@ -95,7 +103,9 @@ def _read_folder(name: str, folder: Path, root: Path) -> ImageData:
 
 
 def _unpack(name: str, root: Path) -> None:
-    kind = _KINDS[name]
+    from torchvision.datasets.utils import check_integrity, extract_archive
+
+    kind = _torchvisions(name)
     archive = root / kind.filename
     try:
         if not check_integrity(archive, kind.tgz_md5):
@@ -110,7 +120,7 @@ def _unpack(name: str, root: Path) -> None:
 
 
 def _download(name: str, root: Path) -> None:
-    kind, title = _KINDS[name], _TITLES[name]
+    kind, title = _torchvisions(name), _TITLES[name]
     advice = (
         f"Put {kind.filename} into {root}, or its images into {root / name}/train/<class> and "
         f"{root / name}/test/<class>, or choose the embedded set, which needs neither disk nor network"

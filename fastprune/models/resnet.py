@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 
@@ -73,7 +72,9 @@ def cifar_resnet(depth: int, num_classes: int) -> CifarResNet:
 
 def torchvision_resnet(name: str, num_classes: int, cifar_stem: bool) -> nn.Module:
     """Return torchvision's network, untrained; with `cifar_stem` a 3×3 first convolution, no max-pool."""
-    model = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    from torchvision.models import get_model  # takes seconds to load, and most models are not torchvision's
+
+    model = get_model(name, weights=None, num_classes=num_classes)
     if cifar_stem:
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         _initialise(model.conv1)
