@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .architecture import build, describe
+from .batchnorms import following_batchnorms
 from .compact import carry_optimizer, compact
 from .network import Network, memory_format
-from .nn import following_batchnorms
 from .pruner import Pruner
 from .recipes import Config
 

@@ -1,14 +1,17 @@
-"""Convolutions whose weights are masked, and how a model masks all of them in one op."""
+"""Convolutions whose weights are masked, and the masked weights that an optimizer keeps ready for them."""
 
-import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import ops
+from .ops.checks import same_layout
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -21,112 +24,159 @@ class MaskedConv2d(nn.Conv2d):
         mask: bool buffer, ``[F]`` (whole filters) or the weight's shape (single weights); True is kept.
         feedback: what multiplies the gradient that pruned filters or weights get; None means 1 (straight-through).
             ``[F]`` float32 for a filter mask; a scalar for a weight mask.
+        kept: the masked weights that an optimizer writes in its step, see :class:`MaskedWeights`; None where every
+            forward masks the weight. Copies of the module have None.
     """
 
     mask: Tensor
     feedback: Tensor | None
-    # This forward's masked weight, handed in by the model's hook; None outside of one.
-    shared_weight: Tensor | None = None
+    kept: MaskedWeights | None = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
-        weight = self.shared_weight
+        weight = None if self.kept is None else self.kept.of(self)
         if weight is None:
-            weight = _masked([self], _compute_dtype(self.weight))[0]
+            weight = masked_weight(self.weight, self.mask, self.feedback)
         return self._conv_forward(input, weight, self.bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, mask={list(self.mask.shape)}"
 
 
+@fx.wrap  # in a traced model it is one node, which reads the mask as it is when the node runs
+def masked_weight(weight: Tensor, mask: Tensor, feedback: Tensor | None) -> Tensor:
+    """The masked weight of one convolution in the dtype it computes in; its gradient passes as ``feedback`` says.
+
+    Args:
+        weight: ``[F, ...]``, any floating dtype.
+        mask: bool, ``[F]`` or the shape of ``weight``; True is kept.
+        feedback: as for :class:`MaskedConv2d`.
+
+    Returns:
+        A fresh tensor of the shape of ``weight``, in autocast's dtype where autocast is on, else in the weight's.
+    """
+    dtype = _compute_dtype(weight)
+    if mask.dim() == 1:
+        # A model moved by .half() takes its float buffers along.
+        scale = None if feedback is None else feedback.float()
+        return ops.masked_weight(weight, mask, dtype, scale)
+    dropped = torch.where(mask, 0, weight)
+    # What is dropped is dropped in value only; its gradient is let through by the share `feedback`.
+    if feedback is None:
+        return (weight - dropped.detach()).to(dtype)
+    through = dropped - dropped.detach()  # 0, with a gradient
+    return (torch.where(mask, weight, 0) + through * feedback.to(weight.dtype)).to(dtype)
+
+
 def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a convolution with this weight computes in now: autocast's, or the weight's."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _masked(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor]:
-    """The masked weights of convolutions: by one op where all are masked by filter, else one by one."""
-    if all(conv.mask.dim() == 1 for conv in convolutions):
-        weights: list[Tensor] = [conv.weight for conv in convolutions]
-        mask = torch.cat([conv.mask for conv in convolutions]) if len(convolutions) > 1 else convolutions[0].mask
-        feedback = _joint_feedback(convolutions)
-        written = _written_for(convolutions, dtype)
-        if written:
-            return ops.written_masked_weights(weights, written, mask, feedback)
-        return ops.masked_weights(weights, mask, dtype, feedback)
-    masked = []
-    for conv in convolutions:
-        weight, mask = conv.weight, _beside_weights(conv.mask)
-        dropped = torch.where(mask, 0, weight)
-        # What is dropped is dropped in value only; its gradient is let through by the share `feedback`.
-        if conv.feedback is None:
-            kept = weight - dropped.detach()
-        else:
-            through = dropped - dropped.detach()  # 0, with a gradient
-            kept = torch.where(mask, weight, 0) + through * _beside_weights(conv.feedback).to(weight.dtype)
-        masked.append(kept.to(dtype))
-    return masked
+class MaskedWeights:
+    """The masked weights of a model's convolutions in static buffers, in each dtype that an optimizer asked for.
 
+    The optimizer writes them in its own pass over the weights (:meth:`writing`), so that the next forward masks
+    nothing. A forward that finds a weight or a mask changed since then, by its version counter, renews all of them.
+    The buffers stay where they are in memory: a CUDA graph reads what was written last, in the graph or outside of it.
 
-def _beside_weights(vector: Tensor) -> Tensor:
-    """``[F]`` as ``[F, 1, 1, 1]``; anything else as it is."""
-    return vector.view(-1, 1, 1, 1) if vector.dim() == 1 else vector
-
-
-def _joint_feedback(convolutions: list[MaskedConv2d]) -> Tensor | None:
-    """``[N]`` float32 of convolutions masked by filter, 1 where one has None; None if all have."""
-    if all(conv.feedback is None for conv in convolutions):
-        return None
-    parts = [torch.ones_like(x.mask, dtype=torch.float32) if x.feedback is None else x.feedback for x in convolutions]
-    return torch.cat(parts).float()  # a model moved by .half() takes its float buffers along
-
-
-# By convolution, what an optimizer wrote for its next forward, and the state of the weight and mask it was made of.
-_written: WeakKeyDictionary[MaskedConv2d, tuple[Tensor, tuple[int, ...]]] = WeakKeyDictionary()
-
-
-def take_masked_weights(convolutions: Iterable[MaskedConv2d], masked: Sequence[Tensor]) -> None:
-    """Take the masked weights as they are now, so that the next forward in their dtype need not make them.
-
-    They serve until a weight or a mask changes, which its version counter tells (a write through ``.data`` it does not
-    see). A compiled forward makes its own.
+    Several threads may call the model at once. Its copies and pickles have no such buffers: they mask in the forward.
 
     Args:
-        convolutions: masked by filter.
-        masked: one for each, as :func:`fastprune.ops.sgd_step_` writes them. Not copied.
+        layers: the convolutions by name, masked by filter, in the order in which their masks are put together.
     """
-    for conv, tensor in zip(convolutions, masked, strict=True):
-        _written[conv] = tensor, _state(conv)
+
+    def __init__(self, layers: Mapping[str, MaskedConv2d]) -> None:
+        self._layers = list(layers.values())
+        self._index = WeakKeyDictionary({layer: i for i, layer in enumerate(self._layers)})
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        # What the buffers of a dtype were made of, layer by layer.
+        self._made_of: dict[torch.dtype, list[tuple[State, State]]] = {}
+        self._lock = threading.RLock()
+        for layer in self._layers:
+            layer.kept = self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def of(self, layer: MaskedConv2d) -> Tensor | None:
+        """The layer's masked weight in the dtype it computes in now, with the gradient of :func:`masked_weight`.
+
+        Returns:
+            A view of the buffer. None where the layer has to mask by itself: in another dtype, in a replica or a
+            functional call (with weights of their own), for a compiler or a tracer, and in a CUDA graph that is being
+            captured after a change, since nothing computed now would be there before the graph runs.
+        """
+        weight, index = layer.weight, self._index.get(layer)
+        if index is None or type(weight) is not nn.Parameter or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return None
+        dtype = _compute_dtype(weight)
+        if dtype not in self._made_of:
+            return None
+        if self._made_of[dtype][index] != _made_of(layer):
+            if is_capturing(weight.device):
+                return None
+            with self._lock:
+                if self._made_of[dtype][index] != _made_of(layer):
+                    self._renew(dtype)
+        feedback = None if layer.feedback is None else layer.feedback.float()
+        return ops.masked_weight(weight, layer.mask, dtype, feedback, self._buffers[dtype][index])
+
+    @contextmanager
+    def writing(self, dtype: torch.dtype) -> Iterator[list[Tensor]]:
+        """Hand out the buffers of a dtype, one for each layer, to be written as by :func:`fastprune.ops.sgd_step_`.
+
+        Within, no other thread renews them. Afterwards they count as made of the weights and masks as they are then.
+        """
+        with self._lock:
+            yield self._fitting(dtype)
+            self._made_of[dtype] = [_made_of(layer) for layer in self._layers]
+
+    def renew(self) -> None:
+        """Write all buffers again, where they are: replays of CUDA graphs notice no change of weights or masks."""
+        with self._lock:
+            for dtype in self._made_of:
+                self._renew(dtype)
+
+    @torch.no_grad()
+    def _renew(self, dtype: torch.dtype) -> None:
+        made_of = [_made_of(layer) for layer in self._layers]
+        weights: list[Tensor] = [layer.weight for layer in self._layers]
+        mask = torch.cat([layer.mask for layer in self._layers])
+        torch._foreach_copy_(self._fitting(dtype), ops.masked_weights(weights, mask, dtype))
+        self._made_of[dtype] = made_of
+
+    def _fitting(self, dtype: torch.dtype) -> list[Tensor]:
+        """The buffers: the same ones as before, unless the weights were moved or laid out anew."""
+        buffers = self._buffers.get(dtype)
+        if buffers is None or not all(
+            buffer.device == layer.weight.device and same_layout(buffer, layer.weight)
+            for buffer, layer in zip(buffers, self._layers)
+        ):
+            buffers = [torch.empty_like(layer.weight, dtype=dtype, requires_grad=False) for layer in self._layers]
+            self._buffers[dtype] = buffers
+        return buffers
 
 
-def _state(conv: MaskedConv2d) -> tuple[int, ...]:
-    return tuple(part for x in (conv.weight, conv.mask) for part in (id(x), x.data_ptr(), x._version))
+# What tells one state of a tensor from another: the object, its memory, and how often it was written to.
+State = tuple[int, int, int]
 
 
-def _written_for(convolutions: list[MaskedConv2d], dtype: torch.dtype) -> list[Tensor]:
-    """The masked weights that an optimizer wrote, if they are still right for all of these; else none."""
-    if torch.compiler.is_compiling():
-        return []
-    found = []
-    for conv in convolutions:
-        tensor, state = _written.get(conv, (None, None))
-        if tensor is None or tensor.dtype != dtype or state != _state(conv):
-            return []
-        found.append(tensor)
-    return found
+def state_of(tensor: Tensor) -> State:
+    """The state of a tensor. A write through ``.data`` changes it only where it moves the memory."""
+    return id(tensor), tensor.data_ptr(), tensor._version
 
 
-def _share_masked_weights(model: nn.Module, _: Any) -> None:
-    convolutions = [module for module in model.modules() if isinstance(module, MaskedConv2d)]
-    if convolutions:
-        weights = _masked(convolutions, _compute_dtype(convolutions[0].weight))
-        for conv, weight in zip(convolutions, weights):
-            conv.shared_weight = weight
+def _made_of(layer: MaskedConv2d) -> tuple[State, State]:
+    return state_of(layer.weight), state_of(layer.mask)
 
 
-def _forget_masked_weights(model: nn.Module, _: Any, __: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, MaskedConv2d):
-            module.shared_weight = None
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of the device is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_listed(name: str, module: nn.Module, entries: Iterable[str | nn.Module]) -> bool:
@@ -147,7 +197,8 @@ def mask_convolutions(
 ) -> dict[str, MaskedConv2d]:
     """Turn every ``Conv2d`` of ``model`` into a :class:`MaskedConv2d` in place, with nothing pruned yet.
 
-    The model's forward masks all of them in one op. Convolutions used on their own, outside of it, mask themselves.
+    No hook is added: each masks its own weight when it is called, unless an optimizer has done it, as
+    :class:`fastprune.optim.PrunedSGD` does with ``masked_dtype``.
 
     Args:
         model: edited in place, this instance only.
@@ -185,12 +236,10 @@ def mask_convolutions(
         shape = module.weight.shape if by_weight else module.weight.shape[:1]
         module.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=module.weight.device))
         module.register_buffer("feedback", None, persistent=False)
+        module.kept = None
         found[name] = module
     if not found:
         raise ValueError("the model has no Conv2d to mask")
-    if _share_masked_weights not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_share_masked_weights)
-        model.register_forward_hook(_forget_masked_weights, always_call=True)
     return found
 
 
@@ -205,46 +254,3 @@ def _check_maskable(name: str, module: nn.Conv2d) -> None:
             f"the weight of {name or 'the model'} is no parameter but made of others by a hook, after masking would "
             f"have read it: fastprune.accelerate converts what torch.nn.utils.prune has masked; list others in ignore"
         )
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MaskedConv2d) or super().is_leaf_module(m, module_qualified_name)
-
-
-def following_batchnorms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
-    """The BatchNorm that reads each convolution's output, by the convolution's name.
-
-    Read off the graph of the model (torch.fx). A model that cannot be traced is read in the order its modules are
-    registered, with a warning: the next BatchNorm of as many channels, if no other convolution comes first.
-    """
-    modules = dict(model.named_modules())
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's code: anything may come
-        warnings.warn(
-            f"the model cannot be traced ({error}): "
-            f"the BatchNorm behind each convolution is taken from the modules' order",
-            stacklevel=3,
-        )
-        return _batchnorms_in_order(modules)
-    found = {}
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
-            for user in node.users:
-                after = modules.get(user.target) if user.op == "call_module" else None
-                if isinstance(after, nn.BatchNorm2d):
-                    found[node.target] = after
-    return found
-
-
-def _batchnorms_in_order(modules: dict[str, nn.Module]) -> dict[str, nn.BatchNorm2d]:
-    found: dict[str, nn.BatchNorm2d] = {}
-    last: tuple[str, nn.Conv2d] | None = None
-    for name, module in modules.items():
-        if isinstance(module, nn.Conv2d):
-            last = (name, module)
-        elif isinstance(module, nn.BatchNorm2d) and last and module.num_features == last[1].out_channels:
-            found[last[0]] = module
-            last = None
-    return found

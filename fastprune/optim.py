@@ -1,13 +1,14 @@
 """SGD in one op, which measures the filters for the next update of the masks on its way."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .nn import take_masked_weights
+from .nn import MaskedConv2d
 from .ops.checks import DTYPES, count_filters, same_layout
 from .pruner import FilterPruner
 
@@ -45,7 +46,6 @@ class PrunedSGD(torch.optim.Optimizer):
     pruner: FilterPruner | None = None
     masked_dtype: torch.dtype | None = None
     _norms: Tensor | None = None
-    _masked: list[Tensor] | None = None
 
     def __init__(
         self,
@@ -140,32 +140,30 @@ class PrunedSGD(torch.optim.Optimizer):
         momenta = self._momenta(params, first) if group["momentum"] != 0 else []
         norms = self._norms_of(params)
         layers = [] if norms is None or self.pruner is None else list(self.pruner.layers.values())
-        masked = self._masked_of(params[: len(layers)])
-        ops.sgd_step_(
-            params,
-            [_side_by_side(param.grad, param) for param in params if param.grad is not None],
-            momenta,
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            first=first,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            layers=len(layers),
-            mask=torch.cat([layer.mask for layer in layers]) if masked else None,
-            masked=masked,
-            norms=norms,
-            ord=1 if self.pruner is None or self.pruner.ord is None else self.pruner.ord,
-        )
+        with self._masked_of(layers) as masked:
+            ops.sgd_step_(
+                params,
+                [_side_by_side(param.grad, param) for param in params if param.grad is not None],
+                momenta,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                first=first,
+                grad_scale=grad_scale,
+                found_inf=found_inf,
+                layers=len(layers),
+                mask=torch.cat([layer.mask for layer in layers]) if masked else None,
+                masked=masked,
+                norms=norms,
+                ord=1 if self.pruner is None or self.pruner.ord is None else self.pruner.ord,
+            )
         for param, momentum in zip(params, momenta):
             self.state[param]["momentum_buffer"] = momentum
         if norms is not None and self.pruner is not None:
             self.pruner.take_norms(norms)
-        if masked:
-            take_masked_weights(layers, masked)
 
     def _momenta(self, params: list[Tensor], first: bool) -> list[Tensor]:
         if first:
@@ -185,17 +183,11 @@ class PrunedSGD(torch.optim.Optimizer):
             self._norms = torch.empty(n, dtype=torch.float32, device=weights[0].device)
         return self._norms
 
-    def _masked_of(self, weights: list[Tensor]) -> list[Tensor]:
-        """Tensors for the masked weights, the same each time."""
-        if self.masked_dtype is None or not weights:
-            return []
-        fits = self._masked is not None and all(
-            masked.device == weight.device and same_layout(masked, weight)
-            for masked, weight in zip(self._masked, weights)
-        )
-        if self._masked is None or not fits:
-            self._masked = [torch.empty_like(weight, dtype=self.masked_dtype) for weight in weights]
-        return self._masked
+    def _masked_of(self, layers: list[MaskedConv2d]) -> AbstractContextManager[Sequence[Tensor]]:
+        """Within, the tensors that the layers' masked weights are to be written to; none where none are wanted."""
+        if self.pruner is None or self.masked_dtype is None or not layers:
+            return nullcontext(())
+        return self.pruner.masked_weights.writing(self.masked_dtype)
 
 
 def _side_by_side(tensor: Tensor, param: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from . import importance as importances
 from . import ops
+from .batchnorms import following_batchnorms
 from .coupling import Coupling, written_channels
 from .importance import ORDS, Importance
-from .nn import MaskedConv2d, following_batchnorms, mask_convolutions
+from .nn import MaskedConv2d, MaskedWeights, State, mask_convolutions, state_of
 from .pruning_report import LayerReport, PruningReport
 from .pruning_schedule import Ramp, check_schedule, is_due, ramp_length, risen
 from .selection import Scope, Selection
@@ -251,7 +252,8 @@ class FilterPruner(Pruner):
         self.selection = Selection(tuple(filters.values()), scope, min_kept, round_to)
         # All masks in one vector, for the op; the layers' own are written from it, and change otherwise too.
         self._mask = torch.cat([layer.mask for layer in layers.values()])
-        self._taken: tuple[Tensor, list[tuple[int, ...]]] | None = None
+        self._taken: tuple[Tensor, list[State]] | None = None
+        self._masked_weights: MaskedWeights | None = None
         self._above: Tensor | None = None  # the threshold's part of the last update, for the report
         super().__init__(model, layers, rate, every, until, steps_per_epoch)
 
@@ -259,6 +261,13 @@ class FilterPruner(Pruner):
     def ord(self) -> int | None:
         """The importance as the ops number it; None for one that is no norm."""
         return ORDS.get(self.importance) if isinstance(self.importance, str) else None
+
+    @property
+    def masked_weights(self) -> MaskedWeights:
+        """The masked weights that an optimizer keeps ready for the forward, made when they are first asked for."""
+        if self._masked_weights is None:
+            self._masked_weights = MaskedWeights(self.layers)
+        return self._masked_weights
 
     def take_norms(self, norms: Tensor) -> None:
         """Take the norms of the weights as they are now, so that the next update need not read the weights.
@@ -270,13 +279,13 @@ class FilterPruner(Pruner):
         """
         self._taken = norms, self._versions()
 
-    def _versions(self) -> list[tuple[int, ...]]:
-        weights = [layer.weight for layer in self.layers.values()]
-        return [(id(weight), weight.data_ptr(), weight._version) for weight in weights]
+    def _versions(self) -> list[State]:
+        return [state_of(layer.weight) for layer in self.layers.values()]
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:  # noqa: D102
         super().set_masks(masks)
         self._above = None
+        self._renew()
 
     @torch.no_grad()
     def _update(self) -> None:
@@ -287,6 +296,12 @@ class FilterPruner(Pruner):
         elif not self._update_from_norms(rate):
             self._update_from_weights(rate)
         torch._foreach_copy_(masks, self._mask.split([mask.numel() for mask in masks]))
+        self._renew()
+
+    def _renew(self) -> None:
+        """Masked weights that are kept ready are those of the new masks, also for a CUDA graph that only replays."""
+        if self._masked_weights is not None:
+            self._masked_weights.renew()
 
     def _update_from_weights(self, rate: float) -> None:
         weights = self._weights()

@@ -103,22 +103,6 @@ def test_nothing_is_pruned_at_first() -> None:
     torch.testing.assert_close(model(images), before)
 
 
-def test_a_model_masks_all_weights_in_one_op_and_forgets_them() -> None:
-    model = models.create("resnet20")
-    FilterPruner(model, 0.3, every=1)
-    images = torch.randn(2, 3, 32, 32)
-    with torch.profiler.profile() as profile:
-        model(images)
-    counts = {event.key: event.count for event in profile.key_averages()}
-    assert counts["fastprune::masked_weights"] == 1
-    convolutions = [m for m in model.modules() if isinstance(m, MaskedConv2d)]
-    assert len(convolutions) == 21
-    assert all(conv.shared_weight is None for conv in convolutions)
-    with pytest.raises(RuntimeError):
-        model(torch.randn(2, 4, 32, 32))  # also after a forward that failed
-    assert all(conv.shared_weight is None for conv in convolutions)
-
-
 def test_deepcopy_is_independent() -> None:
     model, images = small_model().eval(), torch.randn(2, 3, 8, 8)
     mask_convolutions(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastprune import FilterPruner, WeightPruner, checkpoint, ops
+from fastprune import nn as nn_module
 from fastprune.models.resnet import cifar_resnet
 from fastprune.optim import PrunedSGD
 
@@ -81,15 +82,20 @@ def weights_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def weights_masked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one whenever a forward masks the weights itself."""
+    """Grows by the number of layers that a forward masks itself, or that are renewed together."""
     calls: list[int] = []
-    mask = ops.masked_weights
+    one, every = nn_module.masked_weight, ops.masked_weights
 
-    def counted(*arguments: Any) -> list[Tensor]:
+    def counted(*arguments: Any) -> Tensor:
         calls.append(1)
-        return mask(*arguments)
+        return one(*arguments)
 
-    monkeypatch.setattr(ops, "masked_weights", counted)
+    def counted_together(*arguments: Any) -> list[Tensor]:
+        calls.append(len(arguments[0]))
+        return every(*arguments)
+
+    monkeypatch.setattr(nn_module, "masked_weight", counted)
+    monkeypatch.setattr(ops, "masked_weights", counted_together)
     return calls
 
 
@@ -153,9 +159,10 @@ def test_written_masked_weights_train_the_same_network(
             masked.append(len(weights_masked))
             optimizer.step()
             pruner.step()
-    # Nothing is written before the first step, nor kept where new masks came after it; the other always masks.
-    assert masked[::2] == [int(step == 0 or step % 4 == 3) for step in range(20)]
-    assert masked[1::2] == [1] * 20
+    # Nothing is written before the first step; the other masks each layer in every forward.
+    layers = len(pruners[0].layers)
+    assert masked[::2] == [layers, *[0] * 19]
+    assert masked[1::2] == [layers] * 20
     assert_equal(*models, rtol=0, atol=0)
 
 
@@ -175,10 +182,10 @@ def test_written_masked_weights_serve_autocast(weights_masked: list[int]) -> Non
         with torch.no_grad():
             model[0].weight.mul_(1)  # the same, but who knows
             assert torch.equal(model(images), written)
-        assert len(weights_masked) == 1
+        assert weights_masked == [2]  # both, together
     optimizer.step()
     model(images)
-    assert len(weights_masked) == 2  # another dtype than was written
+    assert weights_masked == [2, 1, 1]  # another dtype than was written
 
 
 def test_written_masked_weights_are_not_overwritten_unseen() -> None:

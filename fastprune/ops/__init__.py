@@ -13,7 +13,7 @@ from ._backend import (
 from .decorrelation import decorrelation
 from .filter_mask import filter_mask, filter_norms, kth_threshold, update_filter_masks_
 from .hyper_weight import hyper_weight
-from .masked_weights import masked_weights, written_masked_weights
+from .masked_weights import masked_weight, masked_weights
 from .reference import DECORRELATION_KINDS, PRECISIONS
 from .sgd_step import sgd_step_
 from .weight_mask import weight_mask
@@ -33,11 +33,11 @@ __all__ = [
     "get_backend",
     "hyper_weight",
     "kth_threshold",
+    "masked_weight",
     "masked_weights",
     "set_backend",
     "set_cpu_isa",
     "sgd_step_",
     "update_filter_masks_",
     "weight_mask",
-    "written_masked_weights",
 ]

@@ -28,10 +28,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
-    mask, feedback = ctx.saved_tensors
+    mask, feedback = ctx.saved_tensors  # once: activation checkpointing hands them out once
+    return _gradients(grads, mask, feedback, ctx.dtype), None, None, None
+
+
+def _gradients(grads: Sequence[Tensor], mask: Tensor, feedback: Tensor | None, dtype: torch.dtype) -> list[Tensor]:
     # Gradients may arrive in any layout (a convolution's backward chooses); the op wants filter-major ones.
     grads = [grad if is_filter_major(grad) else grad.contiguous() for grad in grads]
-    return torch.ops.fastprune.masked_weights_backward(grads, mask, ctx.dtype, feedback), None, None, None
+    return torch.ops.fastprune.masked_weights_backward(grads, mask, dtype, feedback)
 
 
 torch.library.register_autograd("fastprune::masked_weights", _backward, setup_context=_setup)
@@ -67,32 +71,49 @@ def masked_weights(
     return torch.ops.fastprune.masked_weights(weights, mask, dtype or weights[0].dtype, feedback)
 
 
-class _Written(torch.autograd.Function):
-    """Masked weights that are there already, with the gradient of the op that would have made them."""
+class _MaskedWeight(torch.autograd.Function):
+    """One layer of the op, or what was written in its place, with the op's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, mask: Tensor, feedback: Tensor | None, layers: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, weight: Tensor, mask: Tensor, dtype: torch.dtype, feedback: Tensor | None, written: Tensor | None
+    ) -> Tensor:
         ctx.save_for_backward(mask, feedback)
-        ctx.layers, ctx.dtype = layers, tensors[0].dtype
-        return tuple(masked.view_as(masked) for masked in tensors[layers:])
+        ctx.dtype = weight.dtype
+        if written is not None:
+            return written.view_as(written)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.fastprune.masked_weights([weight], mask, dtype, feedback)[0]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        gradients = _backward(ctx, grads)[0]
-        return None, None, None, *gradients, *[None] * ctx.layers
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        mask, feedback = ctx.saved_tensors
+        if feedback is None and grad.dtype == ctx.dtype:
+            return grad, None, None, None, None
+        if torch.is_grad_enabled():  # for a second derivative
+            return _gradients([grad], mask, feedback, ctx.dtype)[0], None, None, None, None
+        with torch._C._AutoDispatchBelowAutograd():
+            return _gradients([grad], mask, feedback, ctx.dtype)[0], None, None, None, None
 
 
-def written_masked_weights(
-    weights: Sequence[Tensor], masked: Sequence[Tensor], mask: Tensor, feedback: Tensor | None = None
-) -> list[Tensor]:
-    """What :func:`masked_weights` returns, where :func:`fastprune.ops.sgd_step_` has written it already.
+def masked_weight(
+    weight: Tensor, mask: Tensor, dtype: torch.dtype, feedback: Tensor | None = None, written: Tensor | None = None
+) -> Tensor:
+    """:func:`masked_weights` of one layer, for that layer's forward: the host gets through it in half the time.
+
+    For compilers and tracers it is the op itself.
 
     Args:
-        weights, mask, feedback: as for :func:`masked_weights`.
-        masked: its results, one for each of the weights. They are not copied, and must not be written to before the
-            backward that follows (autograd says so if they were).
+        weight, mask, dtype, feedback: as for :func:`masked_weights`, of one layer.
+        written: the result, where :func:`fastprune.ops.sgd_step_` has written it already. It is not copied, and must
+            not be written to before the backward that follows (autograd says so if it was).
 
     Returns:
-        Views of ``masked`` with :func:`masked_weights`' gradient.
+        The masked weight: a fresh tensor, or a view of ``written``.
+
+    Raises:
+        RuntimeError: as :func:`masked_weights`.
     """
-    return list(_Written.apply(mask, feedback, len(weights), *weights, *masked)) if weights else []
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return masked_weights([weight], mask, dtype, feedback)[0]
+    return _MaskedWeight.apply(weight, mask, dtype, feedback, written)
