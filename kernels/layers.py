@@ -8,13 +8,12 @@ A program works on some rows (filters) of one layer. `lines[program]`, int64, sa
 It reads rows in tiles of `[TILE / width, width]` elements. The width depends on the size of a row alone, so a row's
 elements are added up in the same order wherever and however it lies.
 
-The tables are kept: lines by the sizes of the layers, addresses by the addresses. A step like the last one copies
-nothing; another one copies what changed from pinned memory, for which nobody waits.
+The tables are kept (device_tables.py): lines by the sizes of the layers, addresses by the addresses. A step like the
+last one copies nothing; another one copies what changed.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .device_tables import kept_by_stream, put
 
 WARPS = 8
 REGISTERS = 128  # of a thread: two programs on every multiprocessor since sm_80
@@ -128,39 +129,16 @@ def grid_of(*sides: Sequence[Tensor], filters: int | None = None) -> Grid:
         aligned = size % vector == 0 and not any(address % step for address, step in zip(own, steps))
         rows.append(Rows(count, size, is_filter, aligned))
         addresses += own
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # A copy in a graph is done when the graph runs, and again each time: nothing else may rely on it.
-        made = _lines.__wrapped__(device, stream, tuple(rows)), _addresses.__wrapped__(device, stream, tuple(addresses))
-        _captured.append(made)
-    else:
-        made = _lines(device, stream, tuple(rows)), _addresses(device, stream, tuple(addresses))
-    return Grid(made[0].device, made[1].device, len(sides), vector)
+    return Grid(_lines(device, tuple(rows)), _addresses(device, tuple(addresses)), len(sides), vector)
 
 
-class _Table(NamedTuple):
-    host: Tensor  # pinned, kept as long as a copy from it may be pending
-    device: Tensor
+@kept_by_stream(64)
+def _addresses(device: torch.device, addresses: tuple[int, ...]) -> Tensor:
+    return put(torch.tensor(addresses, dtype=torch.int64), device)
 
 
-_captured: list[tuple[_Table, _Table]] = []
-
-
-def _on(device: torch.device, host: Tensor) -> _Table:
-    if device.type == "cpu":
-        return _Table(host, host)
-    host = host.pin_memory()
-    return _Table(host, host.to(device, non_blocking=True))
-
-
-@functools.lru_cache(maxsize=64)
-def _addresses(device: torch.device, stream: int, addresses: tuple[int, ...]) -> _Table:
-    return _on(device, torch.tensor(addresses, dtype=torch.int64))
-
-
-@functools.lru_cache(maxsize=32)
-def _lines(device: torch.device, stream: int, layers: tuple[Rows, ...]) -> _Table:
-    """A table for one stream: on another, the copy might not be there yet."""
+@kept_by_stream(32)
+def _lines(device: torch.device, layers: tuple[Rows, ...]) -> Tensor:
     target = sum(layer.rows * layer.size for layer in layers) // _PROGRAMS
     target = min(max(target, TILE.value), _MOST_TILES * TILE.value)
     parts, first = [], 0
@@ -173,7 +151,7 @@ def _lines(device: torch.device, stream: int, layers: tuple[Rows, ...]) -> _Tabl
             for count, size, start in ((runs, _RUN, 0), (1, rest, runs * _RUN)):
                 if count * size:
                     parts.append(_lines_of(layer._replace(rows=count, size=size), -1, index, start, target))
-    return _on(device, torch.cat(parts) if parts else torch.empty(0, COLUMNS.value, dtype=torch.int64))
+    return put(torch.cat(parts) if parts else torch.empty(0, COLUMNS.value, dtype=torch.int64), device)
 
 
 def _lines_of(layer: Rows, first: int, index: int, start: int, target: int) -> Tensor:

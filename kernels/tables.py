@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .device_tables import kept_by_stream, put
 
 # Columns of a layer's line, int64.
 WEIGHT = tl.constexpr(0)  # address
@@ -92,8 +93,8 @@ def layer_of(key: Key, element_size: int) -> Layer:
     return Layer(address, shape[0], size, element_size, aligned, sizes, steps)
 
 
-@functools.lru_cache(maxsize=64)
-def table_of(keys: tuple[Key, ...], element_size: int, device: torch.device, work: Callable[[Layer], Work]) -> Table:
+@kept_by_stream(64)
+def table_of(device: torch.device, keys: tuple[Key, ...], element_size: int, work: Callable[[Layer], Work]) -> Table:
     """The table of weights for what ``work`` makes of each."""
     lines: list[int] = []
     phases: list[list[int]] = []
@@ -110,9 +111,7 @@ def table_of(keys: tuple[Key, ...], element_size: int, device: torch.device, wor
         gradients.append(gradients[-1] + -(-layer.filters * layer.size // ALIGNMENT) * ALIGNMENT)
         first, coefficients, slots = first + layer.filters, coefficients + made.coefficients, slots + made.slots
         tile = max(tile, made.tile)
-    flat = torch.tensor(lines + [task for phase in phases for task in phase], dtype=torch.int64)
-    if device.type == "cuda":
-        flat = flat.pin_memory().to(device, non_blocking=True)
+    flat = put(torch.tensor(lines + [task for phase in phases for task in phase], dtype=torch.int64), device)
     ends = tuple(itertools.accumulate(map(len, phases)))
     return Table(flat[: len(lines)], flat[len(lines) :], ends, slots, tile, tuple(gradients))
 
@@ -130,7 +129,7 @@ class Call:
     def table(self, work: Callable[[Layer], Work]) -> Table:
         """Of its weights."""
         keys = tuple((weight.data_ptr(), weight.shape, weight.stride()) for weight in self.weights)
-        return table_of(keys, self.weights[0].element_size(), self.weights[0].device, work)
+        return table_of(self.weights[0].device, keys, self.weights[0].element_size(), work)
 
     @property
     def kept(self) -> Tensor | None:

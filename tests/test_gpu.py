@@ -5,9 +5,11 @@ Where there is no GPU the same runs on the CPU, with a fake of what is CUDA's (f
 
 from __future__ import annotations
 
+import functools
+import gc
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import cases
@@ -185,6 +187,61 @@ def test_in_a_graph(device: CudaDevice, name: str, backend: str) -> None:
         for seed in (seed_of(name), seed_of(name) + 10):
             there.copy_(inputs(seed).to(device.name))
             assert_right(replay(), name, seed, device)
+
+
+@EVERY
+def test_graphs_without_warm_up_and_eager_calls(device: CudaDevice, name: str, backend: str) -> None:
+    """Two graphs and eager calls on the same tensors, many on others in between: none relies on what another left."""
+    seed, call = seed_of(name), CALLS[name][1]
+    mine, other = inputs(0).to(device.name), inputs(0).to(device.name)
+
+    def captured() -> Callable[[], Any]:
+        order = iter([other] * device.warmup_calls + [mine])
+        return device.capture(lambda: call(next(order)))
+
+    with rows.chosen(backend):
+        replays = [captured(), captured()]
+        mine.copy_(inputs(seed).to(device.name))
+        assert_right(call(mine), name, seed, device)
+        many = [inputs(0).to(device.name) for _ in range(70 if GPUS else 1)]
+        kept = [call(x) for x in many]  # all of them at addresses of their own
+        for replay in reversed(replays):
+            mine.copy_(inputs(seed + 10).to(device.name))
+            assert_right(replay(), name, seed + 10, device)
+        del kept
+
+
+@EVERY
+def test_two_streams_on_the_same_tensors(device: CudaDevice, name: str, backend: str) -> None:
+    """The second stream does not wait for the first, which is late: it has read nothing that the first has to bring."""
+    seed = seed_of(name)
+    first, other = (inputs(seed).to(device.name) for _ in range(2))
+    written = {field: getattr(other, field) for field in ("params", "momenta", "masked", "norms", "updated")}
+    device.synchronize()
+    results = []
+    with rows.chosen(backend):
+        for mine, flushes in ((first, 50), (replace(first, **written), 0)):
+            with device.stream():
+                for _ in range(flushes):
+                    device.flush()
+                results.append(CALLS[name][1](mine))
+    for result in results:
+        assert_right(result, name, seed, device)
+
+
+@pytest.mark.skipif(not GPUS, reason="there is no GPU whose memory could be looked at")
+def test_graphs_that_are_gone_leave_no_memory() -> None:
+    (device, *_), taken = GPUS, []
+    there = inputs(0).to(device.name)
+    with rows.chosen("triton"):
+        for _ in range(20):
+            for _, call in CALLS.values():
+                device.capture(functools.partial(call, there))
+            gc.collect()
+            device.synchronize()
+            host = torch.cuda.host_memory_stats()["active_bytes.current"]
+            taken.append((torch.cuda.memory_allocated(device.name), host))
+    assert taken[-1] == taken[4]
 
 
 def test_every_op_is_among_the_calls() -> None:

@@ -71,8 +71,8 @@ def test_bytes_of_resnet50(backward: bool) -> None:
 
 def test_tables_are_kept_until_a_tensor_moves() -> None:
     weights, other = (cases.random_weights(SHAPES, seed=seed) for seed in (0, 1))
-    layers._lines.cache_clear()
-    layers._addresses.cache_clear()
+    layers._lines.cache.cache_clear()
+    layers._addresses.cache.cache_clear()
     first = layers.grid_of(weights)
     again = layers.grid_of(weights)
     assert again.lines is first.lines
@@ -80,12 +80,12 @@ def test_tables_are_kept_until_a_tensor_moves() -> None:
     moved = layers.grid_of([*weights[:-1], other[-1]])
     assert moved.lines is first.lines  # its size is what it was
     assert moved.addresses.tolist() == [*first.addresses.tolist()[:-1], other[-1].data_ptr()]
-    assert layers._addresses.cache_info().misses == 2
+    assert layers._addresses.cache.cache_info().misses == 2
 
 
 def test_tables_are_bounded() -> None:
     for table in (layers._lines, layers._addresses):
-        assert table.cache_info().maxsize in (32, 64)
+        assert table.cache.cache_info().maxsize in (32, 64)
 
 
 def test_lines_cover_every_row_once() -> None:

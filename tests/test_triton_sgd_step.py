@@ -101,10 +101,10 @@ def test_a_step_like_the_last_one_copies_no_table() -> None:
     values = arguments()
     sides = values[0], values[1], values[2], values[14]
     first = layers.grid_of(*sides, filters=len(SHAPES))
-    misses = layers._lines.cache_info().misses, layers._addresses.cache_info().misses
+    misses = layers._lines.cache.cache_info().misses, layers._addresses.cache.cache_info().misses
     again = layers.grid_of(*sides, filters=len(SHAPES))
     assert again.addresses is first.addresses
-    assert misses == (layers._lines.cache_info().misses, layers._addresses.cache_info().misses)
+    assert misses == (layers._lines.cache.cache_info().misses, layers._addresses.cache.cache_info().misses)
 
 
 FAULTS = {
