@@ -46,9 +46,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.name.startswith(("test_cuda_", "test_triton_")) or item.path.parent.name == "ptxrun":
             item.add_marker(pytest.mark.gpu_kernels)
     if not config.getoption("--every-architecture"):
-        left_out = [item for item in items if _is_for_another(item)]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        left_out = {item for item in items if _is_for_another(item)}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 def _is_for_another(item: pytest.Item) -> bool:

@@ -70,6 +70,7 @@ class Verdicts:
         given = getattr(config, "workerinput", {}).get("verdicts seed", config.getoption("--verdicts-seed"))
         self.seed: int = secrets.randbelow(10**6) if given is None else given
         self.phases: defaultdict[str, list[tuple[str, bool]]] = defaultdict(list)
+        self.params: dict[str, dict[str, Any]] = {}
         self.chosen: dict[str, Any] = {}
 
     @property
@@ -83,18 +84,21 @@ class Verdicts:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> Iterator[None]:
         collected = [item.nodeid for item in items]
         yield
-        keys, known = Keys(ROOT, versions()), table.read(TABLE)
-        found = {}
         for item in items:
             if item.get_closest_marker("gpu_kernels") or INTERPRETED in item.name:
-                params = item.callspec.params if hasattr(item, "callspec") else {}
-                found[item.nodeid] = keys.key(item.nodeid, params)
+                self.params[item.nodeid] = item.callspec.params if hasattr(item, "callspec") else {}
+        found, known = self._keys(), table.read(TABLE)
         clean = {nodeid for nodeid, key in found.items() if known.get(nodeid) == key}
         again = {nodeid for nodeid in clean if self.mode == "check" and is_drawn(self.seed, nodeid)}
-        left_out = [item for item in items if self.mode != "rewrite" and item.nodeid in clean - again]
-        self.config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
-        self.chosen = {"keys": found, "collected": collected, "left out": len(left_out), "again": len(again)}
+        left_out = set() if self.mode == "rewrite" else clean - again
+        self.config.hook.pytest_deselected(items=[item for item in items if item.nodeid in left_out])
+        items[:] = [item for item in items if item.nodeid not in left_out]
+        counts = {"total": len(found), "left out": len(left_out), "again": len(again)}
+        self.chosen = {"keys": found, "collected": collected, **counts}
+
+    def _keys(self) -> dict[str, str]:
+        keys = Keys(ROOT, versions())
+        return {nodeid: keys.key(nodeid, params) for nodeid, params in self.params.items()}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.phases[report.nodeid].append((report.when, report.passed))
@@ -110,6 +114,8 @@ class Verdicts:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.chosen.get("left out"):
             session.exitstatus = pytest.ExitCode.OK  # all of them are known to be clean
+        if self.params and self.mode != "check":  # what was edited meanwhile has no verdict: which of the two ran?
+            self.chosen["keys"] = dict(self.chosen["keys"].items() & self._keys().items())
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["verdicts"] = self.chosen
         elif self.mode != "check" and self.chosen:
@@ -132,7 +138,7 @@ class Verdicts:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if not self.chosen:
             return
-        total, left_out, again = len(self.chosen["keys"]), self.chosen["left out"], self.chosen["again"]
+        total, left_out, again = self.chosen["total"], self.chosen["left out"], self.chosen["again"]
         terminalreporter.section("verdicts")
         line = f"{left_out} of {total} remembered as clean and left out, {total - left_out - again} executed"
         if self.mode == "check":
