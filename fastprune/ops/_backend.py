@@ -8,6 +8,7 @@ compiled ones. Forcing one registers it once more, on top.
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -123,9 +124,12 @@ def set_backend(name: str) -> None:
 def _serving(implementations: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> torch.library.Library:
     """Registered over what is there, until the library is destroyed."""
     library = torch.library.Library("fastprune", "IMPL")
-    for op, implementation in implementations.items():
-        for key in keys:
-            library.impl(op, implementation, key, allow_override=True)
+    with warnings.catch_warnings():
+        # torch 2.11 warns of what is overridden even where that is allowed.
+        warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel", UserWarning)
+        for op, implementation in implementations.items():
+            for key in keys:
+                library.impl(op, implementation, key, allow_override=True)
     return library
 
 
