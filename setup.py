@@ -1,13 +1,15 @@
 """Builds fastprune and its extension modules; everything declarative is in pyproject.toml.
 
 Environment:
-    FASTPRUNE_NO_EXT=1      build nothing: pure Python, every op by its reference (needs no compiler)
+    FASTPRUNE_NO_EXT=0|1    1: build nothing, pure Python, every op by its reference (needs no compiler); 0: build on
+                            every platform; unset: build under Linux on x86-64 alone
     FASTPRUNE_CUDA=0|1      leave out / force ``fastprune._cuda``; unset: built where nvcc and torch's CUDA match
     TORCH_CUDA_ARCH_LIST    architectures of the CUDA module, as everywhere in PyTorch (unset: all from sm_80 on)
     MAX_JOBS                parallel compile jobs (unset: as many as there are cores)
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -32,6 +34,8 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-O1", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 # A tenth of the bytes, in more time; left out where nothing is handed on. Known since CUDA 12.8.
 SMALL = "--compress-mode=size"
+# Where the modules have been built and tested, as platform.system() and platform.machine() say it.
+TRIED = [("Linux", "x86_64")]
 WITHOUT = "FASTPRUNE_NO_EXT=1 installs fastprune without compiled ops (each runs its PyTorch reference)"
 
 
@@ -171,7 +175,16 @@ def build_command() -> type:
 
 def compiled() -> dict[str, Any]:
     """What makes the build a compiled one: nothing at all with FASTPRUNE_NO_EXT=1, which does not even import torch."""
-    if flag("FASTPRUNE_NO_EXT"):
+    without = flag("FASTPRUNE_NO_EXT")
+    here = (platform.system(), platform.machine())
+    if without is None and here not in TRIED:
+        print(
+            f"fastprune: building no C++ extension under {' on '.join(here)}, where none has been tried: each op runs "
+            "its PyTorch reference. FASTPRUNE_NO_EXT=0 builds it nevertheless.",
+            file=sys.stderr,
+        )
+        return {}
+    if without:
         return {}
     try:
         import torch  # noqa: F401

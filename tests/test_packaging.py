@@ -1,6 +1,7 @@
 """What is built and installed: setup.py's decisions, the modules' symbols, the wheels."""
 
 import os
+import platform
 import re
 import runpy
 import shutil
@@ -155,6 +156,19 @@ def test_without_extensions_nothing_is_built_and_torch_is_not_imported(monkeypat
     monkeypatch.setenv("FASTPRUNE_NO_EXT", "1")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert run_setup(monkeypatch).keys() == {"packages", "package_dir"}
+
+
+@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("here", [("Linux", "aarch64"), ("Darwin", "arm64"), ("Windows", "AMD64")])
+def test_an_untried_platform_gets_the_references_unless_told_otherwise(
+    here: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: here[0])
+    monkeypatch.setattr(platform, "machine", lambda: here[1])
+    assert run_setup(monkeypatch).keys() == {"packages", "package_dir"}
+    assert f"no C++ extension under {here[0]} on {here[1]}" in capsys.readouterr().err
+    monkeypatch.setenv("FASTPRUNE_NO_EXT", "0")
+    assert "fastprune._cpu" in names(run_setup(monkeypatch))
 
 
 @pytest.mark.usefixtures("tools")
