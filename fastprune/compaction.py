@@ -40,6 +40,7 @@ def compacted(plain: Network, example_input: Tensor) -> Network:
         "stem": config.stem,
         "architecture": describe(small),
         "figures": plain.figures(),
+        "report": str(small.report),
     }
     # Made as a resumed run makes it, so that both have their parameters in one order.
     network = restored(config, stored, small.state_dict())

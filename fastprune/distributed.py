@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     *("LaunchError", "MismatchError", "PeerError", "agreed", "average_", "first_on_each_machine", "first_prints"),
-    *("is_first", "joined", "largest", "local_rank", "rank", "size", "together", "total", "verify_masks"),
+    *("from_first", "is_first", "joined", "largest", "local_rank", "rank", "size", "together", "total", "verify_masks"),
     "verify_same",
 ]
 
@@ -126,6 +126,15 @@ def _reduced(numbers: list[int], op: dist.ReduceOp.RedOpType) -> list[int]:
 def largest(value: int) -> int:
     """The largest that any process gives."""
     return _reduced([value], dist.ReduceOp.MAX)[0]
+
+
+def from_first(value: Any) -> Any:
+    """Return what the first process gives, in every process; numbers, text, and tuples, lists or dicts of them."""
+    if size() == 1:
+        return value
+    exchanged = [value]
+    dist.broadcast_object_list(exchanged, src=0, device=_device())
+    return exchanged[0]
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -9,11 +9,10 @@ from torch.nn.parallel import DistributedDataParallel
 from . import distributed, models
 from .decorrelation import Decorrelation
 from .optim import PrunedSGD
+from .precision import DTYPES
 from .pruner import FilterPruner, Pruner, WeightPruner
 from .recipes import Config
 from .sync_batchnorm import synchronise_batchnorms
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(config: Config) -> torch.device:

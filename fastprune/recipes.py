@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import models
+from .precision import PrecisionOrAuto
 from .schedule import Schedule
 
 RecipeName = Literal["fast", "quick", "faithful", "description"]
@@ -106,7 +107,8 @@ class Config:
     include_pruned: bool = True
     """Whether the regulariser counts pruned filters."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: PrecisionOrAuto = "auto"
+    """Of the convolutions. auto: bf16 where this machine is faster in it, which takes a moment to try, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     channels_last: bool = True
     sync_batchnorm: bool = True
@@ -115,6 +117,9 @@ class Config:
     compile: bool = False
     """Compile the model (torch.compile)."""
     seed: int = 0
+    minutes: float | None = None
+    """Time for a fresh run. A few steps are tried first; if they take too long for it, the run has fewer epochs, or
+    images, and says so."""
     max_steps: int | None = None
     """Stop when the run has done so many steps, with a checkpoint to resume from."""
     target_accuracy: float | None = None
@@ -124,7 +129,7 @@ class Config:
         if not models.exists(self.model):
             raise ValueError(f"--model must be one of {', '.join(models.NAMES)}; got {self.model!r}")
         counts = ("epochs", "batch_size", "accumulate", "prune_every", "max_steps", "limit_train", "limit_test")
-        for name in (*counts, "round_to", "image_size", "lr"):
+        for name in (*counts, "round_to", "image_size", "lr", "minutes"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{flag(name)} must be above 0, got {value}")
@@ -206,7 +211,7 @@ _FAITHFUL = Config(
 
 RECIPES: Mapping[str, Config] = {
     "fast": Config(),
-    "quick": Config(recipe="quick", model="resnet20", epochs=6, batch_size=128, out=Path("runs/quick")),
+    "quick": Config(recipe="quick", model="resnet20", epochs=6, batch_size=128, minutes=10, out=Path("runs/quick")),
     "faithful": _FAITHFUL,
     "description": dataclasses.replace(
         _FAITHFUL, recipe="description", model="resnet50", batch_size=128, decorrelation="covariance"

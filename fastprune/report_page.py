@@ -217,7 +217,9 @@ def _layers(run: Run) -> list[str]:
 
 
 def _settings(config: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(name, _shown(value)) for name, value in config.items() if name != "config"]
+    decided = {name: f" (asked for: {_shown(d['asked'])}; {d['why']})" for name, d in config.get("decided", {}).items()}
+    shown = {name: _shown(value) for name, value in config.items() if name not in ("config", "decided")}
+    return [(name, value + decided.get(name, "")) for name, value in shown.items()]
 
 
 def _shown(value: Any) -> str:
@@ -236,7 +238,8 @@ def compare(runs: Sequence[Run]) -> list[str]:
         html.picture(plots.png(plots.comparison_figure([r.folder for r in runs])), "Accuracy and sparsity over epochs"),
         html.heading("Settings that differ"),
     ]
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in ("config", "out", "resume"))
+    known = ("config", "decided", "out", "resume")
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in known)
     differing = [name for name in names if len({_shown(run.config.get(name)) for run in runs}) > 1]
     if differing:
         rows = [[name, *(_shown(run.config.get(name)) for run in runs)] for name in differing]

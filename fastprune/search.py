@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import checkpoint, data, train
+from . import checkpoint, data, decisions, train
 from .data import ImageData
 from .metapruning import Encoding, describe
 from .metapruning.encoding import as_text
@@ -30,7 +30,7 @@ from .metapruning.space import BudgetError, Space
 from .metapruning.stage import SearchError, checkpoint_of, load_pruning_net, stopped_early, train_pruning_net
 from .metapruning.state import Search, StateError
 from .metapruning.summary import budget_line, format_summary, generation_line, search_summary
-from .metapruning.training import PruningTrainer
+from .metapruning.training import PruningTrainer, with_precision
 from .runlog import write_json
 from .train import Interrupted
 from .trainer import TrainingError
@@ -77,11 +77,15 @@ def run(config: SearchConfig) -> dict[str, Any]:
     images = data.load(config.data, root=config.data_root, image_size=config.image_size, seed=config.seed)
     images = images.subset(config.limit_train, config.limit_test)
     print(images.source)
+    config, fresh = with_precision(config, images)
+    decided = fresh or decisions.earlier(config.resume, config)
+    for decision in decided:
+        print(decision)
     space = make_space(config, images)
     search = make_search(config, space)
     config.out.mkdir(parents=True, exist_ok=True)
     described = {"search": config.to_json(), "data_source": images.source, "torch": torch.__version__}
-    write_json(config.out / "config.json", described, "a configuration")
+    write_json(config.out / "config.json", described | decisions.stored(decided), "a configuration")
     print(f"{config.network}: {space.genes} genes, budget {budget_line(space)}")
     if config.stage != "final":
         with train.stop_on_signals() as signals:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, data, distributed, network_file, plots, report
+from . import budget, checkpoint, data, decisions, distributed, network_file, plots, report
+from .checkpoint import write_atomically
 from .data import ImageData
+from .decisions import Decision
 from .outcome import format_small, small_figures
 from .recipes import Config, parse
 from .runlog import Progress, RunLog, duration, write_json
@@ -23,6 +25,7 @@ from .trainer import Trainer, TrainingError
 
 CHECKPOINT = "checkpoint.safetensors"
 MODEL = "model.safetensors"
+COMPACTION = "compaction.txt"
 
 
 class Interrupted(Exception):
@@ -83,17 +86,21 @@ def run(config: Config) -> dict[str, Any]:
         images = load_data(config)
         print(images.source)
         try:
-            trainer = Trainer(config, images)
+            trainer, decided = prepare(config, images)
         except TrainingError as error:
             raise distributed.agreed(error) from error
-        described = describe(trainer)
+        config = trainer.config
+        described = describe(trainer) | decisions.stored(decided)
         with distributed.together():
             records = resume(trainer, config.resume) if config.resume is not None else []
             log = RunLog(config.out, described, records)
         where = f"{trainer.device}" if distributed.size() == 1 else f"{distributed.size()} processes"
         print(
-            f"{config.model}: {trainer.parameters():,} parameters, {trainer.steps_per_epoch} steps an epoch, on {where}"
+            f"{config.model}: {trainer.parameters():,} parameters, {trainer.steps_per_epoch} steps an epoch, "
+            f"on {where}, in {config.precision}"
         )
+        for decision in decided:
+            print(decision)
         with stop_on_signals() as signals:
             train(trainer, log, signals)
         if trainer.step < config.epochs * trainer.steps_per_epoch:
@@ -121,6 +128,30 @@ def load_data(config: Config) -> ImageData:
     return images
 
 
+def prepare(config: Config, images: ImageData) -> tuple[Trainer, list[Decision]]:
+    """Return the trainer of a run, and what was decided for it, where resumed as it was then.
+
+    The steps that are taken to see how long they take are another trainer's, so that they leave nothing behind.
+
+    Raises:
+        TrainingError: if the run cannot start.
+    """
+    trainer = Trainer(config, images)
+    if config.resume is not None:
+        with distributed.together():
+            return trainer, trainer.decided or decisions.earlier(config.resume, trainer.config)
+    decided = trainer.decided
+    if config.minutes is None:
+        return trainer, decided
+    with divergence_told():
+        seconds = budget.seconds_per_step(trainer)
+    fewer, left_out = budget.fitted(trainer.config, len(images.train_labels), len(images.test_labels), seconds)
+    del trainer
+    if (fewer.limit_train, fewer.limit_test) != (config.limit_train, config.limit_test):
+        images = load_data(fewer)
+    return Trainer(fewer, images), [*decided, *left_out]
+
+
 def finish(trainer: Trainer, described: dict[str, Any], log: RunLog) -> dict[str, Any]:
     """Sum up the epochs of a run, save its network without what is pruned, and draw them; all in its folder."""
     if not log.records:
@@ -140,6 +171,10 @@ def _write_end(
     trainer: Trainer, described: dict[str, Any], summary: dict[str, Any], small: nn.Module | None, folder: Path
 ) -> None:
     if small is not None:
+        compacted = trainer.network.compacted
+        # A small network of a checkpoint that an earlier version wrote has no report.
+        changes = str(getattr(small, "report", "")) if compacted is None else compacted.get("report", "")
+        write_atomically(folder / COMPACTION, [f"{changes}\n".encode()], what="the report of the compaction")
         info = {name: described[name] for name in ("model", "data", "classes", "mean", "std")}
         network_file.save(small, folder / MODEL, trainer.example_input(), info)
     write_json(folder / "summary.json", summary, "a summary")
@@ -147,6 +182,7 @@ def _write_end(
     print(report.format_summary(summary))
     if small is not None:
         print(format_small(summary["small"], MODEL))
+        print(f"  layer by layer: {folder / COMPACTION}; all as a page: python -m fastprune.report {folder}")
     print("plots: " + ", ".join(str(picture) for picture in pictures))
 
 
@@ -259,17 +295,29 @@ def train_epoch(trainer: Trainer, progress: Progress, limit: int, signals: list[
     check_every = 1 if trainer.device.type == "cpu" else 50  # reading the loss waits for the device
     progress.start_epoch(trainer.epoch, trainer.step % trainer.steps_per_epoch)
     try:
-        for step in trainer.train_steps(limit):
-            check = step % check_every == 0 or step % trainer.steps_per_epoch == 0
-            progress.step(step, trainer.check_loss() if check else None)
-            if asked_to_stop(signals):
-                return
-    except RuntimeError as error:
-        if "NaN or Inf" in str(error):  # said by the pruner, whose masks read the weights before the next loss does
-            raise TrainingError(str(error)) from error
-        raise
+        with divergence_told():
+            for step in trainer.train_steps(limit):
+                check = step % check_every == 0 or step % trainer.steps_per_epoch == 0
+                progress.step(step, trainer.check_loss() if check else None)
+                if asked_to_stop(signals):
+                    return
     finally:
         progress.end_epoch()
+
+
+@contextmanager
+def divergence_told() -> Iterator[None]:
+    """What the pruner says of weights that are no longer finite, which it sees before the next loss, as its own error.
+
+    Raises:
+        TrainingError: instead of it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "NaN or Inf" in str(error):
+            raise TrainingError(str(error)) from error
+        raise
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:

@@ -1,5 +1,6 @@
 """One training run: its model, data, optimizer and pruner, step by step."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from . import compaction, data, distributed, network
+from . import compaction, data, distributed, network, precision
 from .compact import compact
 from .data import ImageData
+from .decisions import Decision
 from .network import Network
 from .recipes import Config
 from .schedule import learning_rate
@@ -31,13 +33,18 @@ class Trainer:
     has to hold is the model, the optimizer's state, the gradient scaler's, and the position.
 
     Where there are several processes, each has its share of every batch, and all have the same weights and masks.
+
+    Attributes:
+        config: of the run, with the precision that ``auto`` came to.
+        decided: what the configuration left open.
     """
 
     def __init__(self, config: Config, images: ImageData) -> None:
-        self.config = config
         try:
             self.device = network.choose_device(config)
             model = network.make_model(config, len(images.classes), self.device)
+            self.config, self.decided = _with_precision(config, model, images)
+            config = self.config
         except ValueError as error:
             raise TrainingError(str(error)) from error
         self.images = images.to(self.device)
@@ -157,8 +164,8 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """The compute dtype."""
-        precision = self.config.precision
-        return torch.autocast(self.device.type, network.DTYPES[precision], enabled=precision != "fp32")
+        dtype = precision.DTYPES[self.config.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def normalized(self, images: Tensor) -> Tensor:
         """uint8 images as the network takes them."""
@@ -304,6 +311,17 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             message = f"the checkpoint is of another configuration or data set: {error}"
             raise TrainingError(message) from error
+
+
+def _with_precision(config: Config, model: nn.Module, images: ImageData) -> tuple[Config, list[Decision]]:
+    """Return the configuration with a precision instead of ``auto``, and why that one."""
+    if config.precision != "auto":
+        return config, []
+    batch = max(config.batch_size // (distributed.size() * config.accumulate), 1)
+    shape = (batch, *images.train_images.shape[1:])
+    choice = precision.choose(model, shape, network.memory_format(config))
+    decision = Decision("precision", config.precision, choice.precision, choice.why)
+    return dataclasses.replace(config, precision=choice.precision), [decision]
 
 
 def _share(tensor: Tensor) -> Tensor:

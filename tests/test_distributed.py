@@ -490,7 +490,8 @@ def test_one_saves_and_tells(pair: Processes, tmp_path: Path) -> None:
     assert "on 2 processes" in first["out"]
     assert first["out"].count("epoch 2/2") == 1
     assert (first["offline"], second["offline"]) == ([None], ["1"])  # one downloads
-    names = ["checkpoint.previous.safetensors", CHECKPOINT, "config.json", "metrics.jsonl", MODEL, "summary.json"]
+    names = ["checkpoint.previous.safetensors", CHECKPOINT, "compaction.txt", "config.json", "metrics.jsonl", MODEL]
+    names.append("summary.json")
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
     assert json.loads((tmp_path / "two" / "config.json").read_text())["processes"] == 2
     one = run_of(command(tmp_path / "one"))

@@ -42,7 +42,7 @@ def test_fast_is_the_default_and_modern() -> None:
     fast = parse([])
     assert fast == RECIPES["fast"] == Config()
     assert_fields(fast, recipe="fast", model="resnet50", nesterov=True, flip=True, label_smoothing=0.1)
-    assert_fields(fast, precision="bf16", channels_last=True, feedback="normalized", data="auto")
+    assert_fields(fast, precision="auto", channels_last=True, feedback="normalized", data="auto")
     assert fast.schedule in ("cosine", "one-cycle")
     assert fast.warmup_epochs > 0
 
@@ -107,7 +107,7 @@ def test_every_field_of_a_recipe_can_be_overridden() -> None:
         --prune-type unstructured --prune-rate 0.1 --importance taylor --prune-every 2 --prune-until 0.5
         --feedback none --decorrelation correlation --alpha 2 --no-include-diagonal --no-include-pruned
         --precision bf16 --device cpu --channels-last --compile --accumulate 2 --no-sync-batchnorm
-        --prune-scope layer --min-kept 2 --round-to 8 --seed 1 --max-steps 7 --target-accuracy 50 --out o"""
+        --prune-scope layer --min-kept 2 --round-to 8 --seed 1 --max-steps 7 --minutes 3 --target-accuracy 50 --out o"""
     config = parse(line.split())
     unchanged = {"recipe", "resume", "compact_when_frozen", "couple"}  # the last two are for filters only
     for field in dataclasses.fields(Config):
@@ -134,6 +134,7 @@ def test_translation_leaves_the_rest_alone() -> None:
         ("--accumulate 0", "--accumulate must be above 0"),
         ("--batch-size 4 --accumulate 5", "at most --batch-size 4, got 5"),
         ("--epochs -1", "--epochs must be above 0"),
+        ("--minutes 0", "--minutes must be above 0, got 0"),
         ("--max-steps 0", "--max-steps must be above 0"),
         ("--limit-train 0", "--limit-train must be above 0"),
         ("--prune-rate 1", "--prune-rate must be in [0, 1), got 1"),

@@ -130,8 +130,9 @@ def whole_run(images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 def test_a_run_writes_its_files(whole_run: tuple[Path, str]) -> None:
     out, _ = whole_run
-    names = ["checkpoint.previous.safetensors", CHECKPOINT, "config.json", "curves.png", "filters.png"]
-    assert sorted(path.name for path in out.iterdir()) == [*names, "metrics.jsonl", MODEL, "summary.json"]
+    names = ["checkpoint.previous.safetensors", CHECKPOINT, "compaction.txt", "config.json", "curves.png"]
+    names += ["filters.png", "metrics.jsonl", MODEL, "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
     for name in ("curves.png", "filters.png"):
         with Image.open(out / name) as picture:
             assert picture.format == "PNG"
@@ -173,7 +174,7 @@ def test_the_resolved_configuration_is_written(whole_run: tuple[Path, str], imag
 def test_a_run_says_what_it_does(whole_run: tuple[Path, str]) -> None:
     lines = whole_run[1].splitlines()
     assert lines[0].startswith("embedded set: 10 classes of generated")
-    assert lines[1] == "resnet20: 272,474 parameters, 4 steps an epoch, on cpu"
+    assert lines[1] == "resnet20: 272,474 parameters, 4 steps an epoch, on cpu, in fp32"
     assert any(line.startswith("about ") and "of training left" in line for line in lines)
     assert [line.split("  ")[0] for line in lines if line.startswith("epoch ")] == [
         "epoch 1/3",
@@ -391,6 +392,8 @@ def test_coupling_reaches_the_pruner(images: ImageData) -> None:
 def test_a_run_leaves_its_network_without_what_is_pruned(whole_run: tuple[Path, str], images: ImageData) -> None:
     out, printed = whole_run
     small = fastprune.load(out / MODEL).eval()
+    changes = (out / "compaction.txt").read_text(encoding="utf-8")
+    assert f"parameters: 272,474 -> {sum(p.numel() for p in small.parameters()):,} (" in changes
     _, masked = load_network(out)
     inputs = data.normalize(images.test_images, images.mean, images.std)
     with torch.no_grad():
@@ -421,6 +424,7 @@ def test_a_run_goes_on_small_when_the_masks_stay(
     speeds = [record["images_per_s"] for record in records]
     assert summary["small"]["images_per_s"] == pytest.approx([speeds[0], sum(speeds[1:]) / 2])
     small = fastprune.load(tmp_path / MODEL)
+    assert "parameters: 272,474 -> " in (tmp_path / "compaction.txt").read_text(encoding="utf-8")
     stored = state(tmp_path)["model"]
     assert all(torch.equal(tensor, stored[name]) for name, tensor in small.state_dict().items())
     printed = capsys.readouterr().out

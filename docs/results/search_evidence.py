@@ -36,7 +36,7 @@ from fastprune.metapruning.final import final_config
 from fastprune.metapruning.fitness import Fitness, split
 from fastprune.metapruning.hyper import HyperConv2d
 from fastprune.metapruning.ranking import kendall_tau
-from fastprune.metapruning.settings import SearchConfig
+from fastprune.metapruning.settings import SearchConfig, read_config
 from fastprune.metapruning.space import Space
 from fastprune.metapruning.stage import checkpoint_of
 from fastprune.metapruning.training import PruningTrainer
@@ -207,8 +207,9 @@ def main() -> None:
     options = parse()
     config = configuration(options)
     if (config.out / "config.json").exists():
-        config = dataclasses.replace(config, resume=config.out)
+        config = dataclasses.replace(config, resume=config.out, precision=read_config(config.out).precision)
     search.run(dataclasses.replace(config, stage="train"))
+    config = dataclasses.replace(config, precision=read_config(config.out).precision)  # which the first run decided
     summary = search.run(dataclasses.replace(config, stage="evolve", resume=config.out))
     trainer = trained(config)
     space = search.make_space(config, trainer.images)

@@ -21,6 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import data
+from ..precision import DTYPES
 from ..runlog import write_json
 from .description import Description, Layer
 from .encoding import CHOICES, Encoding
@@ -29,7 +30,7 @@ from .network import PlainNetwork
 from .networks import describe
 from .settings import SearchConfig
 from .space import Population
-from .training import DTYPES, choose_device
+from .training import choose_device, memory_format
 
 Measure = Callable[[nn.Module, tuple[int, ...]], float]
 """Milliseconds of a forward pass of a module on an input of a shape."""
@@ -293,7 +294,7 @@ def open_table(config: SearchConfig, resolution: int, num_classes: int) -> Laten
         config.latency_batch,
         choose_device(config.device),
         DTYPES[config.precision],
-        torch.channels_last if config.channels_last else torch.contiguous_format,
+        memory_format(config),
     )
     identity = json.dumps([setting.describe(), config.network, resolution, num_classes])
     name = f"{config.network}-{resolution}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from ..precision import PrecisionOrAuto
 from ..recipes import flag
 from ..schedule import Schedule, learning_rate
 from .networks import NAMES, describe
@@ -113,7 +114,8 @@ class SearchConfig:
     final_schedule: Schedule = "one-cycle"
     final_weight_decay: float = 5e-4
 
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: PrecisionOrAuto = "auto"
+    """As of fastprune.train; decided once, for the whole search."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     channels_last: bool = True
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -12,17 +13,18 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from .. import data
+from .. import data, precision
 from ..data import ImageData
+from ..decisions import Decision
 from ..optim import PrunedSGD
+from ..precision import DTYPES
 from ..scores import Scores
 from ..trainer import TrainingError
 from .encoding import CHOICES, Encoding
 from .fitness import Fitness
+from .network import PlainNetwork
 from .pruning_net import PruningNet
 from .settings import SearchConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str) -> torch.device:
@@ -35,6 +37,27 @@ def choose_device(name: str) -> torch.device:
     if chosen == "cuda" and not torch.cuda.is_available():
         raise TrainingError("--device cuda: torch finds no CUDA device here; use --device cpu")
     return torch.device(chosen)
+
+
+def with_precision(config: SearchConfig, images: ImageData) -> tuple[SearchConfig, list[Decision]]:
+    """The configuration with a precision instead of ``auto``, that of the widest network, and why that one.
+
+    Raises:
+        TrainingError: where there is no such device.
+    """
+    if config.precision != "auto":
+        return config, []
+    with torch.random.fork_rng():
+        widest = PlainNetwork(config.network, num_classes=len(images.classes)).to(choose_device(config.device))
+    shape = (config.batch_size, *images.train_images.shape[1:])
+    choice = precision.choose(widest, shape, memory_format(config))
+    decision = Decision("precision", config.precision, choice.precision, choice.why)
+    return dataclasses.replace(config, precision=choice.precision), [decision]
+
+
+def memory_format(config: SearchConfig) -> torch.memory_format:
+    """That of images and weights."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
 class PruningTrainer:
@@ -54,13 +77,13 @@ class PruningTrainer:
     """
 
     def __init__(self, config: SearchConfig, images: ImageData) -> None:
-        self.config = config
+        self.config = config = with_precision(config, images)[0]
         self.device = choose_device(config.device)
         torch.manual_seed(config.seed)
         self.network = PruningNet(config.network, len(images.classes)).to(self.device)
         self.images = images.to(self.device)
         self.mean, self.std = images.mean, images.std
-        self.format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.format = memory_format(config)
         self.dtype = DTYPES[config.precision]
         self.augment = data.Augment(config.pad, config.flip, 0)
         self.optimizer = _make_optimizer(config, self.network)
