@@ -38,15 +38,21 @@ def start(network: Network) -> State:
     return params, grads, momenta
 
 
+def learning_rate(network: Network) -> Tensor:
+    """As a tensor on the device: a graph keeps no number."""
+    return torch.full((), SETTINGS["lr"], dtype=torch.float64, device=network.mask.device)
+
+
 def fused_call(network: Network, state: State) -> Callable[[], Result]:
     """The op, which does all of it."""
     params, grads, momenta = state
     norms = torch.empty(network.filters, device=network.mask.device)
     masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in network.weights]
     outputs: dict[str, Any] = {"layers": len(masked), "mask": network.mask, "masked": masked, "norms": norms}
+    settings = SETTINGS | {"lr": learning_rate(network)}
 
     def call() -> Result:
-        ops.sgd_step_(params, grads, momenta, **SETTINGS, **outputs)
+        ops.sgd_step_(params, grads, momenta, **settings, **outputs)
         return params, masked, norms
 
     return call
@@ -83,9 +89,10 @@ def test_sgd_step(measure: Measure, ready: Ready, network: Network, rival: str) 
         torch._foreach_copy_(tensors, fresh)
     masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in network.weights]
     norms, layers = torch.empty_like(network.mask, dtype=torch.float32), len(network.weights)
-    lr, momentum, decay = SETTINGS.values()
-    settings = (lr, momentum, 0.0, decay, False, False, False, None, None)
-    reference.sgd_step_(params, grads, momenta, *settings, layers, network.mask, masked, norms, 1)
+    _, momentum, decay = SETTINGS.values()
+    settings = (learning_rate(network), momentum, 0.0, decay, False, False, False, None, None)
+    outputs = (layers, network.mask, masked, None, norms, None, 1)
+    reference.sgd_step_(params, grads, momenta, *settings, *outputs)
     stepped, their_masked, their_norms = call()
     for result, want in zip(stepped, params):
         torch.testing.assert_close(result, want, rtol=1e-5, atol=1e-7)

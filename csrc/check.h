@@ -173,6 +173,37 @@ inline void check_filter_vector(const char* op, const char* name, const Tensor& 
          "] (one entry per filter), got ", dtype_name(vector.scalar_type()), " ", list(vector.sizes()));
 }
 
+// A weight as it lies in memory: [rows, channels, inner], where channels are its input channels. Rows count
+// the filters, and the kernel positions that are farther apart than the channels are; `inner` the others: of
+// a contiguous weight it is kh·kw, channels_last it is 1.
+struct ChannelView {
+  const void* data;
+  int64_t rows, channels, inner;
+  int64_t first;  // index of its first channel among the M of the model
+};
+
+inline std::vector<ChannelView> channel_views(const std::vector<Tensor>& params,
+                                              const std::vector<Layer>& layers) {
+  std::vector<ChannelView> views;
+  views.reserve(layers.size());
+  int64_t first = 0;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto [data, filters, size, index] = layers[i];
+    const int64_t channels = params[i].size(1), inner = channels > 1 ? params[i].stride(1) : size;
+    views.push_back({data, filters * size / (channels * inner), channels, inner, first});
+    first += channels;
+  }
+  return views;
+}
+
+inline void check_channel_vector(const char* op, const char* name, const Tensor& vector, int64_t m) {
+  if (vector.scalar_type() != ScalarType::Float || vector.dim() != 1 || vector.size(0) != m ||
+      !vector.is_contiguous())
+    fail(op, ": ", name, " must be a contiguous float32 tensor of shape [", m,
+         "] (one entry per input channel), got ", dtype_name(vector.scalar_type()), " ",
+         list(vector.sizes()));
+}
+
 inline void check_masked_weights(const char* op, int64_t filters, const Tensor& mask, ScalarType dtype,
                                  const std::optional<Tensor>& feedback) {
   if (!is_supported(dtype))

@@ -2,19 +2,40 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
 
-namespace fastprune {
-
-namespace sgd_step {
+namespace fastprune::sgd_step {
 
 constexpr const char* kOp = "sgd_step_";
 using Tensors = std::vector<Tensor>;
 
-inline void check_like(const Tensors& params, const char* name, const Tensors& tensors) {
+// The arguments of the op, in the order of its schema.
+struct Arguments {
+  Tensors params, grads, momenta;
+  Tensor lr;
+  double momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;
+  std::optional<Tensor> grad_scale, found_inf;
+  int64_t layers;
+  std::optional<Tensor> mask;
+  Tensors masked;
+  std::optional<Tensor> filter_decay, norms, channel_norms;
+  int64_t ord;
+};
+
+inline void check_device(const Arguments& step, const char* name, const Tensor& tensor) {
+  if (!step.params.empty() && !same_device(tensor, step.params[0]))
+    fail(kOp, ": ", name, " must be on the device of params");
+}
+
+inline void check_like_params(const Arguments& step, const char* name, const Tensors& tensors) {
+  const Tensors& params = step.params;
   if (tensors.size() != params.size())
     fail(kOp, ": ", name, " must have one tensor for each of ", params.size(), " params, got ",
          tensors.size());
@@ -24,32 +45,51 @@ inline void check_like(const Tensors& params, const char* name, const Tensors& t
       fail(kOp, ": ", name, "[", i, "] must have the shape, dtype, strides and device of params[", i, "]");
 }
 
-inline void check_scalar(const Tensors& params, const char* name, const std::optional<Tensor>& scalar) {
-  if (scalar && (scalar->scalar_type() != ScalarType::Float || scalar->numel() != 1 ||
-                 (!params.empty() && !same_device(*scalar, params[0]))))
-    fail(kOp, ": ", name, " must be one float32 on the device of params, got ",
-         dtype_name(scalar->scalar_type()), " ", list(scalar->sizes()));
+inline void check_scalar(const Arguments& step, const char* name, const std::optional<Tensor>& scalar,
+                         std::initializer_list<ScalarType> dtypes) {
+  if (!scalar) return;
+  bool fits = scalar->numel() == 1, listed = false;
+  std::string names;
+  for (ScalarType dtype : dtypes) {
+    names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
+    listed = listed || scalar->scalar_type() == dtype;
+  }
+  if (!fits || !listed)
+    fail(kOp, ": ", name, " must be one ", names, ", got ", dtype_name(scalar->scalar_type()), " ",
+         list(scalar->sizes()));
+  check_device(step, name, *scalar);
 }
 
-inline void check_outputs(const Tensors& params, const std::vector<Layer>& weights,
-                          const std::optional<Tensor>& mask, const Tensors& masked,
-                          const std::optional<Tensor>& norms) {
-  if (!masked.empty() && masked.size() != weights.size())
-    fail(kOp, ": masked must have one tensor for each of ", weights.size(), " layers, got ", masked.size());
+inline void check_masked(const Arguments& step, size_t layers) {
+  const Tensors& masked = step.masked;
+  if (!masked.empty() && masked.size() != layers)
+    fail(kOp, ": masked must have one tensor for each of ", layers, " layers, got ", masked.size());
   for (size_t i = 0; i < masked.size(); ++i) {
     const ScalarType dtype = masked[i].scalar_type();
     if (!is_supported(dtype) || dtype != masked[0].scalar_type())
       fail(kOp, ": masked must share one dtype of float32, float64, bfloat16, float16; masked[", i, "] has ",
            dtype_name(dtype));
-    if (!same_device(masked[i], params[0]) || !same_layout(masked[i], params[i]))
+    if (!same_device(masked[i], step.params[0]) || !same_layout(masked[i], step.params[i]))
       fail(kOp, ": masked[", i, "] must have the shape, strides and device of params[", i, "]");
   }
-  if (!masked.empty() && !mask) fail(kOp, ": masked weights take a mask");
+  if (!masked.empty() && !step.mask) fail(kOp, ": masked weights take a mask");
+}
+
+inline void check_vectors(const Arguments& step, const std::vector<Layer>& weights) {
   const int64_t n = count_filters(weights);
-  if (mask) check_filter_vector(kOp, "mask", *mask, n, ScalarType::Bool);
-  if (norms) check_filter_vector(kOp, "norms", *norms, n, ScalarType::Float);
-  if (mask && !params.empty()) check_same_device(kOp, "mask", *mask, params[0]);
-  if (norms && !params.empty()) check_same_device(kOp, "norms", *norms, params[0]);
+  const auto check = [&](const char* name, const std::optional<Tensor>& vector, ScalarType dtype) {
+    if (!vector) return;
+    check_filter_vector(kOp, name, *vector, n, dtype);
+    check_device(step, name, *vector);
+  };
+  check("mask", step.mask, ScalarType::Bool);
+  check("filter_decay", step.filter_decay, ScalarType::Float);
+  check("norms", step.norms, ScalarType::Float);
+  if (!step.channel_norms) return;
+  int64_t m = 0;
+  for (size_t i = 0; i < weights.size(); ++i) m += step.params[i].size(1);
+  check_channel_vector(kOp, "channel_norms", *step.channel_norms, m);
+  check_device(step, "channel_norms", *step.channel_norms);
 }
 
 // The filters of the first `layers` params.
@@ -66,29 +106,52 @@ inline std::vector<Layer> check_params(const Tensors& params, int64_t layers) {
   return weights;
 }
 
-}  // namespace sgd_step
-
 // Fails unless all arguments are right; else the filters of the first `layers` params.
-inline std::vector<Layer> check_sgd_step(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                                         const std::vector<Tensor>& momenta, double momentum,
-                                         double dampening, bool nesterov,
-                                         const std::optional<Tensor>& grad_scale,
-                                         const std::optional<Tensor>& found_inf, int64_t layers,
-                                         const std::optional<Tensor>& mask, const std::vector<Tensor>& masked,
-                                         const std::optional<Tensor>& norms, int64_t ord) {
-  using namespace sgd_step;
-  std::vector<Layer> weights = check_params(params, layers);
-  check_like(params, "grads", grads);
-  if (nesterov && (momentum <= 0 || dampening != 0))
+inline std::vector<Layer> check(const Arguments& step) {
+  std::vector<Layer> weights = check_params(step.params, step.layers);
+  check_like_params(step, "grads", step.grads);
+  if (step.nesterov && (step.momentum <= 0 || step.dampening != 0))
     fail(kOp, ": nesterov takes a momentum above 0 and no dampening");
-  if (momentum == 0 && !momenta.empty())
-    fail(kOp, ": without momentum there are no momenta, got ", momenta.size());
-  if (momentum != 0) check_like(params, "momenta", momenta);
-  check_scalar(params, "grad_scale", grad_scale);
-  check_scalar(params, "found_inf", found_inf);
-  check_outputs(params, weights, mask, masked, norms);
-  check_ord(kOp, ord);
+  if (step.momentum == 0 && !step.momenta.empty())
+    fail(kOp, ": without momentum there are no momenta, got ", step.momenta.size());
+  if (step.momentum != 0) check_like_params(step, "momenta", step.momenta);
+  check_scalar(step, "lr", step.lr, {ScalarType::Float, ScalarType::Double});
+  check_scalar(step, "grad_scale", step.grad_scale, {ScalarType::Float});
+  check_scalar(step, "found_inf", step.found_inf, {ScalarType::Float});
+  check_masked(step, weights.size());
+  check_vectors(step, weights);
+  check_ord(kOp, step.ord);
   return weights;
 }
 
-}  // namespace fastprune
+// The op, from what does it to arguments that were checked: Run(step, weights).
+template <void (*Run)(const Arguments&, const std::vector<Layer>&)>
+void op(Tensors params, Tensors grads, Tensors momenta, Tensor lr, double momentum, double dampening,
+        double weight_decay, bool nesterov, bool maximize, bool first, std::optional<Tensor> grad_scale,
+        std::optional<Tensor> found_inf, int64_t layers, std::optional<Tensor> mask, Tensors masked,
+        std::optional<Tensor> filter_decay, std::optional<Tensor> norms, std::optional<Tensor> channel_norms,
+        int64_t ord) {
+  const Arguments step{std::move(params),
+                       std::move(grads),
+                       std::move(momenta),
+                       std::move(lr),
+                       momentum,
+                       dampening,
+                       weight_decay,
+                       nesterov,
+                       maximize,
+                       first,
+                       std::move(grad_scale),
+                       std::move(found_inf),
+                       layers,
+                       std::move(mask),
+                       std::move(masked),
+                       std::move(filter_decay),
+                       std::move(norms),
+                       std::move(channel_norms),
+                       ord};
+  const std::vector<Layer> weights = check(step);
+  if (!step.params.empty()) Run(step, weights);
+}
+
+}  // namespace fastprune::sgd_step

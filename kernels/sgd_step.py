@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from fastprune.ops.reference import check_sgd_step
+from fastprune.ops.reference import SgdStep
 
 from .filter_mask import FLOAT_MAX, add_magnitudes
 from .layers import (
@@ -30,6 +29,7 @@ from .layers import (
     whole_vectors,
     widen,
 )
+from .sgd_step_channels import write_channel_norms
 
 STEP_TILE = tl.constexpr(2048)  # half of what the other ops hold at once: three tensors are read, three written
 
@@ -55,8 +55,8 @@ def stepped(
 ):
     """Weights and momenta after the step: d = scale · g + decay · w; b = momentum · m + undamped · d; w − lr · b."""
     d = g * scale
-    if DECAY:  # 0 · Inf is not 0
-        d += decay * w
+    if DECAY:
+        d = tl.where(decay == 0, d, d + decay * w)  # 0 · Inf is not 0
     b = d
     if MOMENTA == LATER_STEP:
         b = momentum * m + undamped * d
@@ -125,6 +125,7 @@ def step_rows(
     line,
     addresses,
     mask,
+    filter_decay,
     norms,
     rows,
     aligned,
@@ -161,16 +162,20 @@ def step_rows(
         kept = there
         if OUT is not None:
             kept = tl.load(mask + first + row, mask=there, other=0) != 0
+        decays = decay
+        if filter_decay is not None:
+            own = tl.load(filter_decay + first + row, mask=there, other=0)
+            decays = (decay + own.to(decay.dtype))[:, None]
         # Both ways meet here: the order of what is left of the additions is the same for both.
         # fmt: off
         if aligned:
             sums = step_columns(
-                w, g, m, out, row, rows, size, kept, filters, skip, scale, lr, momentum, undamped, decay,
+                w, g, m, out, row, rows, size, kept, filters, skip, scale, lr, momentum, undamped, decays,
                 TYPE, OUT, ORD, MOMENTA, NESTEROV, DECAY, WIDTH, VECTOR,
             )
         else:
             sums = step_columns(
-                w, g, m, out, row, rows, size, kept, filters, skip, scale, lr, momentum, undamped, decay,
+                w, g, m, out, row, rows, size, kept, filters, skip, scale, lr, momentum, undamped, decays,
                 TYPE, OUT, ORD, MOMENTA, NESTEROV, DECAY, WIDTH, 1,
             )
         # fmt: on
@@ -185,10 +190,11 @@ def sgd_step_kernel(
     lines,
     addresses,
     mask,
+    filter_decay,
     norms,
+    lr,
     grad_scale,
     found_inf,
-    lr: tl.float64,
     momentum: tl.float64,
     undamped: tl.float64,
     decay: tl.float64,
@@ -206,16 +212,18 @@ def sgd_step_kernel(
     Args:
         lines, addresses: tables of layers (params, grads, momenta unless NO_MOMENTUM, masked where OUT); see layers.py.
         mask: `[N]` bool, needed where OUT.
+        filter_decay: `[N]` float32, or None.
         norms: `[N]` float32, written where ORD.
+        lr: one float32 or float64.
         grad_scale, found_inf: one float32 each, or None.
-        lr, momentum, undamped, decay: of the formula of `stepped`; undamped is 1 − dampening.
+        momentum, undamped, decay: of the formula of `stepped`; undamped is 1 − dampening.
         TYPE: of params, grads, momenta; OUT: of masked, or None; ORD: of norms, or 0.
         MOMENTA: one of the three above.
-        NESTEROV, MAXIMIZE: as for torch.optim.SGD; DECAY: whether decay is not 0.
+        NESTEROV, MAXIMIZE: as for torch.optim.SGD; DECAY: whether any weight decay may not be 0.
         VECTOR: elements of an access where rows are aligned.
     """
     COMPUTE: tl.constexpr = tl.float64 if tl.float64 == TYPE else tl.float32
-    lr, momentum = tl.full((), lr, COMPUTE), tl.full((), momentum, COMPUTE)
+    rate, momentum = tl.load(lr).to(COMPUTE), tl.full((), momentum, COMPUTE)
     undamped, decay = tl.full((), undamped, COMPUTE), tl.full((), decay, COMPUTE)
     scale = tl.full((), -1.0 if MAXIMIZE else 1.0, tl.float32)
     if grad_scale is not None:
@@ -230,69 +238,53 @@ def sgd_step_kernel(
     # fmt: off
     if kind == 0:
         step_rows(
-            line, addresses, mask, norms, rows, aligned, skip, scale, lr, momentum, undamped, decay,
+            line, addresses, mask, filter_decay, norms, rows, aligned, skip, scale, rate, momentum, undamped, decay,
             TYPE, OUT, ORD, MOMENTA, NESTEROV, DECAY, NARROW, VECTOR,
         )
     elif kind == 1:
         step_rows(
-            line, addresses, mask, norms, rows, aligned, skip, scale, lr, momentum, undamped, decay,
+            line, addresses, mask, filter_decay, norms, rows, aligned, skip, scale, rate, momentum, undamped, decay,
             TYPE, OUT, ORD, MOMENTA, NESTEROV, DECAY, WIDE, VECTOR,
         )
     else:
         step_rows(
-            line, addresses, mask, norms, rows, aligned, skip, scale, lr, momentum, undamped, decay,
+            line, addresses, mask, filter_decay, norms, rows, aligned, skip, scale, rate, momentum, undamped, decay,
             TYPE, OUT, ORD, MOMENTA, NESTEROV, DECAY, STEP_TILE, VECTOR,
         )
     # fmt: on
 
 
-def sgd_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    layers: int,
-    mask: Tensor | None,
-    masked: Sequence[Tensor],
-    norms: Tensor | None,
-    ord: int,
-) -> None:
-    """Step params and momenta, and write masked weights and norms, in one launch."""
-    check_sgd_step(
-        params, grads, momenta, momentum, dampening, nesterov, grad_scale, found_inf, layers, mask, masked, norms, ord
-    )
-    sides = [side for side in (params, grads, momenta, masked) if len(side)]
-    if not any(param.numel() for param in params):
+def sgd_step_(*arguments: Any) -> None:
+    """Step params and momenta, and write masked weights and norms, in one launch; those of channels in another."""
+    step = SgdStep(*arguments)
+    step.check()
+    sides = [side for side in (step.params, step.grads, step.momenta, step.masked) if len(side)]
+    if not any(param.numel() for param in step.params):
         return
-    with torch.cuda.device_of(params[0]):
-        grid = grid_of(*sides, filters=layers)
+    with torch.cuda.device_of(step.params[0]):
+        grid = grid_of(*sides, filters=step.layers)
         sgd_step_kernel[(len(grid.lines),)](
             grid.lines,
             grid.addresses,
-            mask,
-            norms,
-            grad_scale,
-            found_inf,
-            lr,
-            momentum,
-            1 - dampening,
-            weight_decay,
-            TYPE=TYPES[params[0].dtype],
-            OUT=TYPES[masked[0].dtype] if masked else None,
-            ORD=ord if norms is not None and layers else 0,
-            MOMENTA=(NO_MOMENTUM if momentum == 0 else FIRST_STEP if first else LATER_STEP).value,
-            NESTEROV=nesterov,
-            DECAY=weight_decay != 0,
-            MAXIMIZE=maximize,
+            step.mask,
+            step.filter_decay,
+            step.norms,
+            step.lr,
+            step.grad_scale,
+            step.found_inf,
+            step.momentum,
+            1 - step.dampening,
+            step.weight_decay,
+            TYPE=TYPES[step.params[0].dtype],
+            OUT=TYPES[step.masked[0].dtype] if step.masked else None,
+            ORD=step.ord if step.norms is not None and step.layers else 0,
+            MOMENTA=(NO_MOMENTUM if step.momentum == 0 else FIRST_STEP if step.first else LATER_STEP).value,
+            NESTEROV=step.nesterov,
+            DECAY=step.weight_decay != 0 or step.filter_decay is not None,
+            MAXIMIZE=step.maximize,
             VECTOR=grid.vector,
             num_warps=WARPS,
             maxnreg=REGISTERS,
         )
+        if step.channel_norms is not None and step.weights:
+            write_channel_norms(step.weights, step.channel_norms, step.ord)

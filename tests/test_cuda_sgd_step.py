@@ -36,7 +36,7 @@ HYPER: dict[str, dict[str, Any]] = {
     "nesterov": {"momentum": 0.8, "nesterov": True, "weight_decay": 0.01},
 }
 DEFAULTS: dict[str, Any] = {
-    "lr": 0.1,
+    "lr": torch.tensor(0.1),
     "momentum": 0.0,
     "dampening": 0.0,
     "weight_decay": 0.0,
@@ -45,6 +45,8 @@ DEFAULTS: dict[str, Any] = {
     "first": False,
     "grad_scale": None,
     "found_inf": None,
+    "filter_decay": None,
+    "channel_norms": None,
     "ord": 1,
 }
 PAIRS = list(itertools.product(cases.DTYPES, cases.DTYPES))
@@ -115,7 +117,10 @@ def check(state: State, arch: str = "sm_80", options: dict[str, Any] | None = No
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 def test_every_rule(dtype: torch.dtype, hyper: str) -> None:
     state = state_of([(16, 3, 3, 3), (9, 16, 2, 2)], dtype=dtype)
-    for arguments in ({"ord": 2}, {"grad_scale": torch.tensor(48.0), "first": hyper == "nesterov"}):
+    decay = torch.rand(len(state.mask), generator=torch.Generator().manual_seed(1))
+    lr = torch.full((1,), 0.1, dtype=torch.float64)
+    scaled = {"grad_scale": torch.tensor(48.0), "first": hyper == "nesterov"}
+    for arguments in ({"ord": 2, "lr": lr}, {**scaled, "filter_decay": decay}):
         check(state, **HYPER[hyper], **arguments)
 
 
@@ -179,7 +184,7 @@ def test_found_inf_moves_no_more_than_it_must() -> None:
     # Neither gradients nor momenta are read, and nothing but the masked weights and the norms is written.
     (stats,) = gpu.stats
     assert stats.unique_store_bytes == sum(x.nbytes for x in after.masked) + after.norms.nbytes
-    assert stats.unique_load_bytes == sum(x.nbytes for x in state.params) + len(state.mask) + 8
+    assert stats.unique_load_bytes == sum(x.nbytes for x in state.params) + len(state.mask) + 12
     kept = state.step(Gpu("sm_80"), found_inf=torch.zeros(()), grad_scale=scale)
     assert_same(kept.params, state.step(Gpu("sm_80"), grad_scale=scale).params)
 
@@ -245,7 +250,7 @@ def test_bytes_of_resnet50(dtype: torch.dtype, compute: torch.dtype) -> None:
     gpu = Gpu("sm_90", cuda.COUNTING)
     after = state_of(shapes, others, dtype, compute).step(gpu, **HYPER["nesterov"])
     (stats,) = gpu.stats
-    read = sum(x.nbytes for x in (*after.params, *after.grads, *after.momenta)) + after.mask.nbytes
+    read = sum(x.nbytes for x in (*after.params, *after.grads, *after.momenta, after.mask, DEFAULTS["lr"]))
     written = sum(x.nbytes for x in after.written())
     assert (stats.unique_load_bytes, stats.unique_store_bytes) == (read, written)
     assert stats.traffic_ratio(read + written) <= 1.05

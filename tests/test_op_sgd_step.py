@@ -47,6 +47,11 @@ class State:
     def weights(self) -> list[Tensor]:
         return self.params[: self.layers]
 
+    @property
+    def channels(self) -> int:
+        """M."""
+        return sum(weight.shape[1] for weight in self.weights)
+
 
 def state_of(layers: str, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> State:
     shapes = [*cases.ALL_LAYERS[layers], *OTHERS]
@@ -191,14 +196,19 @@ def test_found_inf_leaves_everything_but_what_is_derived(
     state, mask = state_of("mixed"), cases.random_mask(cases.LAYERS["mixed"])
     state.grads[1].fill_(torch.inf)
     before, norms = state.copy(), torch.full((len(mask),), torch.nan)
+    channel_norms, want = (torch.full((state.channels,), torch.nan) for _ in range(2))
     masked = [torch.full_like(weight, torch.nan) for weight in state.weights]
     scalars = {"grad_scale": torch.full(shape, 8.0), "found_inf": torch.ones(shape)}
-    outputs = {"layers": state.layers, "mask": mask, "masked": masked, "norms": norms}
+    outputs = {"layers": state.layers, "mask": mask, "masked": masked, "norms": norms, "channel_norms": channel_norms}
     state.step(lr=0.1, momentum=0.9, weight_decay=0.1, first=first, **scalars, **outputs)
     assert all(map(torch.equal, state.params, before.params))
     assert all(map(torch.equal, state.momenta, before.momenta))
     assert all(map(torch.equal, masked, ops.masked_weights(before.weights, mask)))
     assert torch.equal(norms, ops.filter_norms(before.weights))
+    unmoved = before.copy()
+    unmoved.grads = [torch.zeros_like(grad) for grad in before.grads]
+    unmoved.step(lr=0.1, layers=before.layers, channel_norms=want)
+    assert torch.equal(channel_norms, want)
     state, before = state_of("mixed"), state_of("mixed")
     state.step(lr=0.1, found_inf=torch.zeros(shape))
     before.step(lr=0.1)
@@ -213,10 +223,12 @@ def test_empty_list(implementation: Implementation) -> None:
 def test_every_tensor_that_is_written_counts_as_changed(registered: Implementation) -> None:
     state, norms = state_of("mixed"), torch.zeros(cases.count_filters(cases.LAYERS["mixed"]))
     masked = [torch.empty_like(weight) for weight in state.weights]
-    written = [*state.params, *state.momenta, *masked, norms]
-    read = [*state.grads, mask := cases.random_mask(cases.LAYERS["mixed"])]
+    channel_norms, lr, decay = torch.zeros(state.channels), torch.tensor(0.1), torch.zeros_like(norms)
+    written = [*state.params, *state.momenta, *masked, norms, channel_norms]
+    read = [*state.grads, mask := cases.random_mask(cases.LAYERS["mixed"]), lr, decay]
     versions, unread = [tensor._version for tensor in written], [tensor._version for tensor in read]
-    state.step(lr=0.1, momentum=0.9, layers=state.layers, mask=mask, masked=masked, norms=norms)
+    outputs = {"mask": mask, "masked": masked, "norms": norms, "channel_norms": channel_norms}
+    state.step(lr=lr, momentum=0.9, layers=state.layers, filter_decay=decay, **outputs)
     assert all(tensor._version > version for tensor, version in zip(written, versions))
     assert [tensor._version for tensor in read] == unread
 
@@ -236,12 +248,13 @@ def test_allocates_nothing() -> None:
     state, mask = state_of("resnet56"), cases.random_mask(cases.RESNET56)
     masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in state.weights]
     outputs = {"layers": state.layers, "mask": mask, "masked": masked, "norms": torch.empty(len(mask))}
+    outputs |= {"channel_norms": torch.empty(state.channels), "lr": torch.tensor(0.1)}
     for compiled in cases.COMPILED:
         with (
             cases.active(compiled),
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
         ):
-            state.step(lr=0.1, momentum=0.9, **outputs)
+            state.step(momentum=0.9, **outputs)
         names = {event.name for event in profile.events()}
         assert "fastprune::sgd_step_" in names
         assert not any("empty" in name for name in names)
@@ -258,9 +271,10 @@ def test_same_bits_in_every_run_and_for_every_number_of_threads(implementation: 
             torch.set_num_threads(count)
             state, norms = start.copy(), torch.empty(len(mask))
             masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in state.weights]
+            channel_norms = torch.empty(sum(shape[1] for shape in cases.RESNET56))
             outputs = {"layers": state.layers, "mask": mask, "masked": masked, "norms": norms}
-            state.step(lr=0.1, **outputs, **HYPER["nesterov"])
-            runs.append([*state.params, *state.momenta, *masked, norms])
+            state.step(lr=0.1, **outputs, channel_norms=channel_norms, **HYPER["nesterov"])
+            runs.append([*state.params, *state.momenta, *masked, norms, channel_norms])
     finally:
         torch.set_num_threads(threads)
     assert all(map(torch.equal, runs[0], runs[1]))
@@ -274,7 +288,7 @@ W, V = torch.ones(8, 3), torch.ones(5)
 PARAMS = [W, V]
 MASK = torch.ones(8, dtype=torch.bool)
 LIKE = "must have the shape, dtype, strides and device of params"
-ONE = "must be one float32 on the device of params, got"
+ONE = "must be one float32, got"
 SHARE = "must share one dtype of float32, float64, bfloat16, float16;"
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "too many layers": ({"layers": 3}, "layers must be in [0, 2], the number of params, got 3"),
@@ -333,6 +347,28 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "norms": (
         {"layers": 1, "norms": torch.ones(8).double()},
         "norms must be a contiguous float32 tensor of shape [8] (one entry per filter), got float64 [8]",
+    ),
+    "lr": ({"lr": torch.ones((), dtype=torch.float16)}, "lr must be one float32 or float64, got float16 []"),
+    "several lr": ({"lr": torch.ones(2)}, "lr must be one float32 or float64, got float32 [2]"),
+    "filter decay": (
+        {"layers": 1, "filter_decay": torch.ones(7)},
+        "filter_decay must be a contiguous float32 tensor of shape [8] (one entry per filter), got float32 [7]",
+    ),
+    "filter decay dtype": (
+        {"layers": 1, "filter_decay": torch.ones(8).half()},
+        "filter_decay must be a contiguous float32 tensor of shape [8] (one entry per filter), got float16 [8]",
+    ),
+    "channel norms": (
+        {"layers": 1, "channel_norms": torch.ones(8)},
+        "channel_norms must be a contiguous float32 tensor of shape [3] (one entry per input channel), got float32 [8]",
+    ),
+    "channel norms dtype": (
+        {"layers": 1, "channel_norms": torch.ones(3).double()},
+        "channel_norms must be a contiguous float32 tensor of shape [3] (one entry per input channel), got float64 [3]",
+    ),
+    "channel norms with gaps": (
+        {"layers": 1, "channel_norms": torch.ones(6)[::2]},
+        "channel_norms must be a contiguous float32 tensor of shape [3] (one entry per input channel), got float32 [3]",
     ),
     "ord": ({"ord": 3}, "ord must be 1 (mean |w|) or 2 (mean w^2), got 3"),
 }

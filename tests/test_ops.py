@@ -14,6 +14,7 @@ from fastprune import ops
 fastprune = torch.ops.fastprune
 SHAPES = [(5, 3, 3, 3), (4, 7), (6, 2, 1, 1)]
 N = cases.count_filters(SHAPES)
+M = sum(shape[1] for shape in SHAPES)
 KINDS = ("covariance", "kernel-covariance", "correlation", "orthogonality")
 
 
@@ -61,9 +62,9 @@ OPCHECKS: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         fastprune.sgd_step_,
         (
             *([*weights(grad=True), torch.randn(6, requires_grad=True)], [*weights(seed=1), torch.randn(6)]),
-            *([*weights(seed=2), torch.randn(6)], 0.1, 0.9, 0.0, 1e-4, True, False, False),
+            *([*weights(seed=2), torch.randn(6)], torch.tensor(0.1), 0.9, 0.0, 1e-4, True, False, False),
             *(torch.tensor(2.0), torch.tensor(0.0), 3, cases.random_mask(SHAPES)),
-            *(weights(torch.bfloat16), torch.zeros(N), 1),
+            *(weights(torch.bfloat16), torch.rand(N), torch.zeros(N), torch.zeros(M), 1),
         ),
     ),
     **{

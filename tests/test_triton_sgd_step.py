@@ -29,7 +29,7 @@ def arguments(shapes: cases.Shapes = SHAPES, others: cases.Shapes = OTHERS, **ch
         "params": params,
         "grads": grads,
         "momenta": momenta,
-        "lr": 0.1,
+        "lr": torch.tensor(0.1),
         "momentum": 0.9,
         "dampening": 0.0,
         "weight_decay": 0.01,
@@ -41,7 +41,9 @@ def arguments(shapes: cases.Shapes = SHAPES, others: cases.Shapes = OTHERS, **ch
         "layers": len(shapes),
         "mask": cases.random_mask(shapes),
         "masked": masked,
+        "filter_decay": torch.rand(cases.count_filters(shapes), generator=torch.Generator().manual_seed(1)),
         "norms": torch.full((cases.count_filters(shapes),), torch.nan),
+        "channel_norms": None,
         "ord": 1,
     }
     return list({**values, **changes}.values())
@@ -49,7 +51,7 @@ def arguments(shapes: cases.Shapes = SHAPES, others: cases.Shapes = OTHERS, **ch
 
 def written(values: list[Any]) -> list[Tensor]:
     """params, momenta, masked, norms."""
-    return [*values[0], *values[2], *values[14], values[15]]
+    return [*values[0], *values[2], *values[14], values[16]]
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=["forward", "reverse", "random"])
@@ -62,7 +64,7 @@ def test_one_launch_whose_bits_do_not_depend_on_the_order_of_blocks(order: dict[
         cases.assert_near(tensor, want.double())
     weights = result[0][: len(SHAPES)]
     assert all(map(torch.equal, result[14], reference.masked_weights(weights, result[13], torch.bfloat16, None)))
-    assert torch.equal(result[15], reference.filter_norms(weights, 1))
+    assert torch.equal(result[16], reference.filter_norms(weights, 1))
     again = arguments()
     call(Gpu("sm_80"), "sgd_step_", *again)
     assert all(map(torch.equal, written(result), written(again)))
@@ -72,7 +74,7 @@ def test_found_inf_changes_no_parameter() -> None:
     before, values = arguments(), arguments(found_inf=torch.ones(1))
     call(Gpu("sm_80"), "sgd_step_", *values)
     assert all(map(torch.equal, [*values[0], *values[2]], [*before[0], *before[2]]))
-    assert torch.equal(values[15], reference.filter_norms(before[0][: len(SHAPES)], 1))
+    assert torch.equal(values[16], reference.filter_norms(before[0][: len(SHAPES)], 1))
 
 
 @EITHER
@@ -91,7 +93,7 @@ def test_bytes_of_resnet50() -> None:
     call(gpu, "sgd_step_", *values)
     (stats,) = gpu.stats
     elements = sum(param.numel() for param in values[0])
-    least = elements * (3 * 4 + 2 * 4 + 2) + len(values[13]) + values[15].nbytes
+    least = elements * (3 * 4 + 2 * 4 + 2) + len(values[13]) + values[15].nbytes + values[16].nbytes
     assert triton_compiled.bytes_of(stats) / least <= 1.05
     assert triton_compiled.sector_efficiency(stats, "global load 16B") >= 0.95
     assert triton_compiled.sector_efficiency(stats, "global store 16B") >= 0.95

@@ -23,10 +23,17 @@ using Arithmetic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class A>
 struct Step {
-  A lr, momentum, undamped, decay;  // undamped: 1 - dampening
-  bool nesterov, first, maximize;
-  const float* grad_scale;  // or null
-  const float* found_inf;   // or null
+  A momentum, undamped, decay;  // undamped: 1 - dampening
+  bool nesterov, first, maximize, lr_is_double;
+  const void* lr;
+  const float* grad_scale;    // or null
+  const float* found_inf;     // or null
+  const float* filter_decay;  // or null
+
+  __device__ A learning_rate() const {
+    return lr_is_double ? static_cast<A>(__ldg(static_cast<const double*>(lr)))
+                        : static_cast<A>(__ldg(static_cast<const float*>(lr)));
+  }
 };
 
 // A row, and what one thread does to it.
@@ -39,6 +46,8 @@ struct Row {
   };
 
   const Step<A>& step;
+  A lr;
+  A decay;       // of this row
   A scale;       // of the gradient, negative to maximize
   bool skipped;  // params and momenta stay as they are
   bool kept;
@@ -62,13 +71,13 @@ struct Row {
   __device__ void update(T& w, T g, T& m) const {
     const A weight = widen(w);
     A d = widen(g) * scale;
-    if (step.decay != 0) d += step.decay * weight;  // 0 · Inf is not 0
+    if (decay != 0) d += decay * weight;  // 0 · Inf is not 0
     if (momentum) {
       const A b = step.first ? d : step.momentum * widen(m) + step.undamped * d;
       m = narrow<T>(b);
       d = step.nesterov ? d + step.momentum * b : b;
     }
-    w = narrow<T>(weight - step.lr * d);
+    w = narrow<T>(weight - lr * d);
   }
 
   template <class Kind>
@@ -123,8 +132,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   T* momentum = output<T>(layer, kMomentum);
   const float inverse = step.grad_scale ? __frcp_rn(__ldg(step.grad_scale)) : 1.0f;
   T* param = output<T>(layer, kParam) + extent.begin;
+  Arithmetic<T> decay = step.decay;
+  if (step.filter_decay && layer.first >= 0 && extent.size) decay += __ldg(step.filter_decay + filter);
   const Row<T, Out> row{
       step,
+      step.learning_rate(),
+      decay,
       step.maximize ? -inverse : inverse,
       step.found_inf && __ldg(step.found_inf) != 0,
       masked && extent.size && outputs.mask[filter],
@@ -149,15 +162,17 @@ void launch_sgd_step(const Plan& plan, Dtype dtype, Dtype masked, const SgdStep&
       using T = typename decltype(type)::type;
       using Out = typename decltype(out)::type;
       using A = Arithmetic<T>;
-      const Step<A> rounded{static_cast<A>(step.lr),
-                            static_cast<A>(step.momentum),
+      const Step<A> rounded{static_cast<A>(step.momentum),
                             static_cast<A>(1 - step.dampening),
                             static_cast<A>(step.weight_decay),
                             step.nesterov,
                             step.first,
                             step.maximize,
+                            step.lr_dtype == Dtype::float64,
+                            step.lr,
                             step.grad_scale,
-                            step.found_inf};
+                            step.found_inf,
+                            step.filter_decay};
       for_launches(plan, [&](const Table& table, const Launch& grid) {
         sgd_step_kernel<T, Out>
             <<<static_cast<uint32_t>(grid.blocks), kThreads, 0, stream>>>(table, rounded, outputs);

@@ -6,10 +6,13 @@
 namespace fastprune::cuda {
 
 struct SgdStep {
-  double lr, momentum, dampening, weight_decay;
+  double momentum, dampening, weight_decay;
   bool nesterov, first, maximize;
-  const float* grad_scale;  // or null
-  const float* found_inf;   // or null
+  Dtype lr_dtype;  // float32 or float64
+  const void* lr;
+  const float* grad_scale;    // or null
+  const float* found_inf;     // or null
+  const float* filter_decay;  // or null
 };
 
 struct StepOutputs {

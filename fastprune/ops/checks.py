@@ -79,6 +79,32 @@ def check_filter_vector(op: str, name: str, vector: Tensor, weights: Sequence[Te
         )
 
 
+def channels_of(weight: Tensor) -> tuple[int, int, int]:
+    """R, C and I, such that a filter-major weight lies in memory as [R, C, I], where C are its input channels.
+
+    R counts the filters, and the kernel positions that are farther apart in memory than the channels are; I the others:
+    of a contiguous weight I is kh·kw, channels_last it is 1.
+    """
+    channels = weight.shape[1]
+    inner = weight.stride(1) if channels > 1 else weight.numel() // weight.shape[0]
+    return weight.numel() // (channels * inner), channels, inner
+
+
+def count_channels(weights: Sequence[Tensor]) -> int:
+    """M, the number of input channels of all layers: the sizes of dimension 1."""
+    return sum(weight.shape[1] for weight in weights)
+
+
+def check_channel_vector(op: str, name: str, vector: Tensor, weights: Sequence[Tensor]) -> None:
+    """Raise unless ``vector`` is a contiguous [M] float32 tensor for the input channels of ``weights``."""
+    m = count_channels(weights)
+    if vector.dtype != torch.float32 or vector.shape != (m,) or not vector.is_contiguous():
+        raise RuntimeError(
+            f"{op}: {name} must be a contiguous float32 tensor of shape [{m}] (one entry per input channel), "
+            f"got {str(vector.dtype).removeprefix('torch.')} {list(vector.shape)}"
+        )
+
+
 def check_rate(op: str, rate: float) -> None:
     """Raise unless ``0 <= rate < 1``."""
     if not 0 <= rate < 1:

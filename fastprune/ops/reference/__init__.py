@@ -22,19 +22,19 @@ from .hyper_weight import (
     hyper_weight_backward,
 )
 from .masked_weights import check_masked_weights, masked_weights, masked_weights_backward
-from .sgd_step import check_sgd_step, sgd_step_
+from .sgd_step import SgdStep, sgd_step_
 from .weight_mask import check_weight_mask, weight_mask
 
 __all__ = [
     "DECORRELATION_KINDS",
     "PRECISIONS",
+    "SgdStep",
     "accumulation_dtype",
     "check_decorrelation",
     "check_decorrelation_backward",
     "check_hyper_weight",
     "check_hyper_weight_backward",
     "check_masked_weights",
-    "check_sgd_step",
     "check_weight_mask",
     "coefficients_like",
     "decorrelation",
