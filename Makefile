@@ -26,8 +26,9 @@ help: ## list the targets
 train: environment ## train, prune and compare: the quick recipe, a few minutes (ARGS="--epochs 3" ...)
 	@$(PY) -m fastprune.train $(QUICK_RUN) $(ARGS)
 
+# Of the tests of GPU kernels what has changed, and a tenth of the rest. tests/conftest.py puts the longest files first.
 test: environment ## the tests, without the slow ones, on all cores
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --verdicts=check $(ARGS)
 
 test-slow: environment ## the slow tests only
 	@$(PY) -m pytest -m "slow and not gpu_kernels" $(ARGS)

@@ -17,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 import cases
 import pytest
 import triton_interpreter
+from _pytest.mark.expression import Expression  # what -m is read with
 from dead_worker import pytest_configure, pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
 from ptxrun import NVCC
 
@@ -25,6 +26,10 @@ pytest_plugins = ["verdicts"]
 # The CUDA kernels are compiled by nvcc and executed on the CPU. Where there is none, their tests are left out of a
 # whole run, which says so, and fail where they are asked for (make test-gpu-kernels).
 collect_ignore_glob = [] if NVCC else ["test_cuda_*.py", "ptxrun/*"]
+
+
+# Begun first, since xdist gives a file to one process: the last one to begin is what the others wait for.
+LONGEST = ("train", "distributed", "examples", "op_sgd_step", "search", "compact", "bench", "integrations", "export")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -45,6 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.name.startswith(("test_cuda_", "test_triton_")) or item.path.parent.name == "ptxrun":
             item.add_marker(pytest.mark.gpu_kernels)
+    longest = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: longest.get(item.path.stem.removeprefix("test_"), len(longest)))
     if not config.getoption("--every-architecture"):
         left_out = {item for item in items if _is_for_another(item)}
         config.hook.pytest_deselected(items=list(left_out))
@@ -68,10 +75,23 @@ if cases.INTERPRETED:
     triton_interpreter.repair()
 
 SIMULATED = _parameters(cases.SIMULATED, pytest.mark.slow, pytest.mark.gpu_kernels)
-EVERY = [*_parameters(cases.HOST), *SIMULATED, *_parameters(cases.ON_GPU)]
+EVERY = _parameters(cases.INTERPRETED) or [*_parameters(cases.HOST), *SIMULATED, *_parameters(cases.ON_GPU)]
 
 
-@pytest.fixture(params=_parameters(cases.INTERPRETED) or EVERY)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Each implementation that `-m` selects; of the others there would be thousands of tests to deselect."""
+    if "implementation" in metafunc.fixturenames:
+        expression = Expression.compile(metafunc.config.option.markexpr or "True")
+        own = [mark.name for mark in metafunc.definition.iter_markers()]
+        selected = [
+            parameter
+            for parameter in EVERY
+            if expression.evaluate(lambda name, marks=(*own, *(m.name for m in parameter.marks)): name in marks)
+        ]
+        metafunc.parametrize("implementation", selected, indirect=True)
+
+
+@pytest.fixture
 def implementation(request: pytest.FixtureRequest) -> Iterator[cases.Implementation]:
     """Each implementation, the compiled CPU one at each of its instruction sets."""
     with cases.active(request.param) as active:
