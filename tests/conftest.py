@@ -78,15 +78,20 @@ SIMULATED = _parameters(cases.SIMULATED, pytest.mark.slow, pytest.mark.gpu_kerne
 EVERY = _parameters(cases.INTERPRETED) or [*_parameters(cases.HOST), *SIMULATED, *_parameters(cases.ON_GPU)]
 
 
+def _selects(expression: str, marks: set[str]) -> bool:
+    """Whether `-m` takes a test with these marks."""
+    return Expression.compile(expression).evaluate(lambda name: name in marks)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Each implementation that `-m` selects; of the others there would be thousands of tests to deselect."""
     if "implementation" in metafunc.fixturenames:
-        expression = Expression.compile(metafunc.config.option.markexpr or "True")
+        expression = metafunc.config.option.markexpr
         own = [mark.name for mark in metafunc.definition.iter_markers()]
         selected = [
             parameter
             for parameter in EVERY
-            if expression.evaluate(lambda name, marks=(*own, *(m.name for m in parameter.marks)): name in marks)
+            if not expression or _selects(expression, {*own, *(mark.name for mark in parameter.marks)})
         ]
         metafunc.parametrize("implementation", selected, indirect=True)
 
