@@ -135,11 +135,11 @@ def hyper_weight_backward_kernel(
     ROWS: tl.constexpr = TILE // WIDTH
     COMPUTE: tl.constexpr = tl.float64 if tl.float64 == TYPE else tl.float32
     size = whole_vectors(size, VECTOR)
-    programs, panel = tl.num_programs(0), tl.program_id(1)
+    panel, programs = tl.program_id(0), tl.num_programs(1)
     column = panel * WIDTH + tl.arange(0, WIDTH)
     x = widen(tl.load(hidden + column, mask=column < size, other=0))
     sums = tl.zeros([ROWS, WIDTH], COMPUTE)
-    for first in range(tl.program_id(0) * ROWS, rows, programs * ROWS):
+    for first in range(tl.program_id(1) * ROWS, rows, programs * ROWS):
         row = first + tl.arange(0, ROWS)
         filters, rest = row // filter_rows, row % filter_rows
         wanted = (row < rows) & (filters < out_channels) & (rest < run)
@@ -153,8 +153,8 @@ def hyper_weight_backward_kernel(
         tl.store(to_weight + at, narrow(product, TYPE), mask=inside)
         if panel == 0:
             tl.store(to_bias + row, narrow(g, TYPE), mask=row < rows)
-    stride = tl.num_programs(1) * WIDTH
-    slot = tl.program_id(0) * stride + column
+    stride = tl.num_programs(0) * WIDTH
+    slot = tl.program_id(1) * stride + column
     tl.store(slots + slot, tl.sum(sums.to(tl.float64), 0))
     if signal(tickets + panel) == programs - 1:
         total = add_slots(slots + panel * WIDTH, stride, programs, WIDTH)
@@ -219,7 +219,8 @@ def hyper_weight_backward(
     programs = min(triton.cdiv(len(weight), TILE.value // width * TILES.value), PROGRAMS)
     with torch.cuda.device_of(weight):
         slots = weight.new_empty(programs * panels * width, dtype=torch.float64)
-        hyper_weight_backward_kernel[(programs, panels)](
+        # Panels in x: there may be no more than 65,535 programs in y.
+        hyper_weight_backward_kernel[(panels, programs)](
             grad,
             hidden,
             weight,

@@ -21,7 +21,7 @@ extern "C" {
 int32_t threads() { return hyper::kThreads; }
 int32_t places() { return hyper::kPlaces; }
 
-// Writes the geometry, a kernel parameter, and the numbers of tiles, blocks of the backward, panels, slots,
+// Writes the geometry, a kernel parameter, and the numbers of tiles, the backward's blocks in x and y, slots,
 // columns of a slot and places of a tile; returns the geometry's size, or 0 with a message in `error` (of 256
 // bytes).
 int64_t geometry(const int64_t* sizes, bool by_tap, int64_t element_size, bool aligned, void* to,
@@ -31,7 +31,7 @@ int64_t geometry(const int64_t* sizes, bool by_tap, int64_t element_size, bool a
     const hyper::Geometry g = hyper::make_geometry(slice, element_size, aligned);
     std::memcpy(to, &g, sizeof(g));
     const int64_t width = fastprune::cuda::kVectorBytes / element_size;
-    for (int64_t number : {g.tiles, g.blocks(), g.panels(), g.slots(), g.columns(static_cast<int32_t>(width)),
+    for (int64_t number : {g.tiles, g.grid().x, g.grid().y, g.slots(), g.columns(static_cast<int32_t>(width)),
                            g.tile_taps * g.pitch})
       *numbers++ = number;
     return sizeof(g);

@@ -119,6 +119,14 @@ def test_divisions_are_exact() -> None:
                     assert launchers.host().divide(n, divisor) == n // divisor
 
 
+def test_the_grid_of_a_backward_with_many_columns() -> None:
+    for size in (2**25, 2**31 - 2**20):
+        made = launchers.geometry((1, 1, 1, 1), (1, 1), size, False, 8, True)
+        assert made.panels == -(-size // 64)
+        assert made.panels <= 2**31 - 1  # the most in x
+    assert launchers.geometry((2**15, 2**15, 1, 1), (1, 1), 32, False, 4, True).blocks <= 65535  # and in y
+
+
 def test_most_rows() -> None:
     with pytest.raises(RuntimeError, match=r"a layer may generate at most 2146959359 weights on CUDA"):
         launchers.geometry((2**16, 2**15, 1, 1), (1, 1), 32, False, 4, True)
@@ -222,7 +230,7 @@ FAULTS = {
     "one slot for all blocks": (
         "race_global|uninit_global",
         "hyper_weight_backward.cuh",
-        "slot[int64_t{blockIdx.x} * stride + k] = total",
+        "slot[int64_t{blockIdx.y} * stride + k] = total",
         "slot[k] = total",
     ),
     "a block too few": (

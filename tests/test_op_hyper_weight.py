@@ -301,6 +301,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "short shape": ({"shape": [2, 2, 3]}, "shape must be [O, I, kh, kw], each at least 1, got [2, 2, 3]"),
     "empty shape": ({"shape": [2, 0, 3, 3]}, "shape must be [O, I, kh, kw], each at least 1, got [2, 0, 3, 3]"),
+    "rows beyond int64": (
+        {"hidden": torch.ones(4), "weight": torch.ones(0, 4), "bias": torch.ones(0), "shape": [2**32, 2**32, 1, 1]},
+        "O·I·kh·kw must be below 2^63, got shape = [4294967296, 4294967296, 1, 1]",
+    ),
     "hidden of two dimensions": (
         {"hidden": torch.ones(1, 4)},
         "hidden must be a contiguous [H] with H at least 1, got [1, 4]",
@@ -353,6 +357,10 @@ WRONG_BACKWARD: dict[str, tuple[dict[str, Any], str]] = {
     "dtypes": ({"hidden": torch.ones(4).half()}, f"(hidden, weight) {SHARE} (hidden, weight)[1] has float32"),
     "grad dtype": ({"grad": torch.ones(2, 1, 3, 3, dtype=torch.int32)}, f"(grad) {SHARE} (grad)[0] has int32"),
     "rows": ({"weight": torch.ones(35, 4)}, "weight must be a contiguous [O·I·kh·kw, H] = [36, 4], got [35, 4]"),
+    "rows beyond int64": (
+        {"weight": torch.ones(0, 4), "shape": [2**31, 2**31, 3, 3]},
+        "O·I·kh·kw must be below 2^63, got shape = [2147483648, 2147483648, 3, 3]",
+    ),
     "taps": ({"grad": torch.ones(2, 1, 3, 1)}, WITHIN + "[2, 1, 3, 1]"),
     "dimensions": ({"grad": torch.ones(2, 1, 9)}, WITHIN + "[2, 1, 9]"),
     "outputs": ({"grad": torch.ones(3, 1, 3, 3)}, WITHIN + "[3, 1, 3, 3]"),

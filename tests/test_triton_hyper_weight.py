@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cases
@@ -16,6 +16,7 @@ from test_op_hyper_weight import Case, Layer, layer_of, upstream_of
 from torch import Tensor
 from triton_compiled import call, planted, ptx_of
 
+from fastprune.kernels import hyper_weight as launchers
 from fastprune.kernels import layers
 
 SLICE: Case = ((16, 16, 3, 3), (11, 7), 32)
@@ -84,6 +85,21 @@ def test_nothing_is_compiled_for_the_widths() -> None:
     assert len(kernels) == 4  # forward and backward, in two orders
 
 
+def test_the_grid_of_a_backward_with_many_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(launchers, "hyper_weight_backward_kernel", Kernel())
+    for rows, size in ((1, 2**26), (2**24, 64)):
+        grad, hidden, weight = (torch.empty(sizes, device="meta") for sizes in ((rows, 1, 1, 1), size, (rows, size)))
+        launchers.hyper_weight_backward(grad, hidden, weight, (rows, 1, 1, 1))
+    assert grids == [(2**26 // 512, 1), (1, 512)]  # of 2^31 - 1 and 65,535 at most
+
+
 # R20's last stage; ResNet-50's largest convolutions, in part.
 BYTES: dict[str, Case] = {
     "resnet20": ((64, 64, 3, 3), (41, 37), 32),
@@ -116,7 +132,7 @@ FAULTS = {
     "weights past the end": ("oob|race_global", "there = element < wanted", "there = element <= wanted"),
     "rows past the end": ("oob|race_global", "inside = (row < rows)[:, None] &", "inside = (row <= rows)[:, None] &"),
     "filters that are not wanted": ("oob", "& (filters < out_channels)", ""),
-    "one slot for all programs": ("race_global|uninit_global", "slot = tl.program_id(0) * stride", "slot = 0 * stride"),
+    "one slot for all programs": ("race_global|uninit_global", "slot = tl.program_id(1) * stride", "slot = 0 * stride"),
     "a slot too many": ("oob|uninit_global", "mask=(slot < programs)", "mask=(slot <= programs)"),
 }
 

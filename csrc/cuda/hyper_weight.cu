@@ -72,9 +72,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<T, true>)
   __shared__ A grads[kPlaces];
   __shared__ alignas(16) A staged[kColumns<T>];
   __shared__ double sums[kThreads / 32 * kColumns<T>];
-  const int32_t blocks = gridDim.x, block = blockIdx.x;
+  const int32_t blocks = gridDim.y, block = blockIdx.y;
   const bool clears_only = block >= g.tiles;
-  if (!clears_only) stage_panel(g, hidden, blockIdx.y, staged);
+  if (!clears_only) stage_panel(g, hidden, blockIdx.x, staged);
   __syncthreads();
   Backward<T> backward(g, weight, to, clears_only ? nullptr : staged);
   int32_t item = block;
@@ -117,7 +117,7 @@ void launch_forward(const Geometry& g, Dtype dtype, Dtype out, const Operands& f
 void launch_backward(const Geometry& g, Dtype dtype, Dtype in, const void* grad, const Operands& from,
                      const Results& to, Stream stream) {
   clear(to.tickets, g.panels() * sizeof(uint32_t), stream);
-  const dim3 grid(g.blocks(), g.panels());
+  const dim3 grid(g.grid().x, g.grid().y);
   visit_dtype(dtype, [&](auto type) {
     visit_dtype(in, [&](auto in_type) {
       using T = typename decltype(type)::type;

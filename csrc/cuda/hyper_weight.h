@@ -44,6 +44,11 @@ inline Divisor divisor_of(int64_t divisor) {
   return {static_cast<uint32_t>(divisor), static_cast<uint32_t>((above << 32) / divisor + 1), shift};
 }
 
+// The backward's: the panels in x, since a grid has at most 65,535 blocks in y.
+struct Grid {
+  int32_t x, y;
+};
+
 struct Geometry {
   int32_t size;         // H
   int32_t vectors;      // of a row
@@ -70,6 +75,7 @@ struct Geometry {
   int32_t panels() const { return (vectors + kPanelVectors - 1) / kPanelVectors; }
   int32_t columns(int32_t width) const { return panels() * kPanelVectors * width; }  // of a slot
   int32_t blocks() const { return std::min(tiles + zero_tiles, kMostBlocks); }       // of the backward
+  Grid grid() const { return {panels(), blocks()}; }
   int32_t slots() const { return std::min(tiles, kMostBlocks); }
 };
 

@@ -31,8 +31,8 @@ struct Backward {
         weight(rows),
         to(gradients),
         lane(g.shift),
-        columns(g, blockIdx.y, lane),
-        first_panel(blockIdx.y == 0) {
+        columns(g, blockIdx.x, lane),
+        first_panel(blockIdx.x == 0) {
     if (hidden) read_columns(hidden, lane.lane, x);
   }
 
@@ -90,7 +90,7 @@ struct Backward {
   // all. On the way the first columns of all lanes come first, then their second ones, to lie in different
   // banks.
   __device__ void reduce(int32_t slots, double (&sums)[kThreads / 32 * kColumns<T>]) const {
-    const int32_t width = kWidth<T> << lane.shift, stride = static_cast<int32_t>(gridDim.y) * kColumns<T>;
+    const int32_t width = kWidth<T> << lane.shift, stride = static_cast<int32_t>(gridDim.x) * kColumns<T>;
 #pragma unroll
     for (int32_t i = 0; i < kWidth<T>; ++i) {
       double total = totals[i];
@@ -99,13 +99,13 @@ struct Backward {
       if (lane.group == 0) sums[lane.warp * width + (i << lane.shift) + lane.lane] = total;
     }
     __syncthreads();
-    double* slot = to.slots + blockIdx.y * kColumns<T>;
+    double* slot = to.slots + blockIdx.x * kColumns<T>;
     for (int32_t k = threadIdx.x; k < width; k += kThreads) {
       double total = 0;
       for (int32_t warp = 0; warp < kThreads / 32; ++warp) total += sums[warp * width + k];
-      slot[int64_t{blockIdx.x} * stride + k] = total;
+      slot[int64_t{blockIdx.y} * stride + k] = total;
     }
-    if (!is_last_block(to.tickets + blockIdx.y, slots)) return;
+    if (!is_last_block(to.tickets + blockIdx.x, slots)) return;
     // width is a power of 2, at most the number of threads: as many of them share a column as there are.
     const int32_t k = threadIdx.x % width, parts = kThreads / width, part = threadIdx.x / width;
     double total = 0;
@@ -115,7 +115,7 @@ struct Backward {
     sums[threadIdx.x] = total;
     __syncthreads();
     const int32_t own = k & ((1 << lane.shift) - 1);
-    const int32_t column = blockIdx.y * kColumns<T> + own * kWidth<T> + (k >> lane.shift);
+    const int32_t column = blockIdx.x * kColumns<T> + own * kWidth<T> + (k >> lane.shift);
     if (part != 0 || column >= g.size) return;
     for (int32_t other = 1; other < parts; ++other) total += sums[other * width + k];
     to.hidden[column] = narrow<T>(static_cast<A>(total));

@@ -43,8 +43,8 @@ class Geometry:
 
     packed: bytes
     tiles: int
-    blocks: int  # of the backward, in each panel
-    panels: int
+    panels: int  # the backward's blocks in x
+    blocks: int  # and, of each panel, in y
     slots: int
     columns: int  # of a slot
     places: int  # in shared memory, of a tile
@@ -115,7 +115,7 @@ def hyper_weight_backward(
         scratch.mem.write(scratch + tickets, np.zeros(made.panels, np.uint32))  # the launcher's memset
         gradients = cuda.ptxrun.pack_struct("5Q", *outs, scratch, scratch + tickets)
         name = kernel(on.loaded, "hyper_weight_backward_kernel", [weight.dtype, grad.dtype])
-        grid = (made.blocks, made.panels)
+        grid = (made.panels, made.blocks)
         on.launch(name, grid, host().threads(), [made.packed, *tensors, gradients, made.slots])
         to_hidden, to_weight, to_bias = (on.memory.get(out, x, weight.dtype) for out, x in zip(outs, results))
         return to_hidden, to_weight, to_bias

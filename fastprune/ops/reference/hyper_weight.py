@@ -15,6 +15,8 @@ def check_hyper_layer(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | No
     if len(shape) != 4 or min(shape) < 1:
         raise RuntimeError(f"{op}: shape must be [O, I, kh, kw], each at least 1, got {list(shape)}")
     rows = shape[0] * shape[1] * shape[2] * shape[3]
+    if rows >= 2**63:
+        raise RuntimeError(f"{op}: O·I·kh·kw must be below 2^63, got shape = {list(shape)}")
     if hidden.dim() != 1 or hidden.numel() == 0 or not hidden.is_contiguous():
         raise RuntimeError(f"{op}: hidden must be a contiguous [H] with H at least 1, got {list(hidden.shape)}")
     if weight.shape != (rows, hidden.numel()) or not weight.is_contiguous():
