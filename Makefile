@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-gpu-kernels test-gpu-kernels-changed bench gpu-check lint format wheel clean environment FORCE
+.PHONY: help train test test-slow test-gpu-kernels test-gpu-kernels-changed bench gpu-check gpu-pack lint format wheel clean environment FORCE
 
 VENV ?= .venv
 ARGS ?=
@@ -48,8 +48,12 @@ endef
 bench: environment ## every op beside its rivals
 	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)
 
-gpu-check: $(INSTALLED) ## build, test and bench on a machine with a GPU; one report to send back
-	@$(PY) bench/gpu_check.py $(ARGS)
+gpu-check: $(INSTALLED) ## build, test and bench on this machine's GPU; runs/gpu/report.md to send back
+	@$(MAKE) --no-print-directory environment FASTPRUNE_CUDA=1
+	@PYTHONPATH=bench $(PY) -m gpu.run --minutes 60 $(ARGS)
+
+gpu-pack: $(INSTALLED) ## make .gpu/, for a machine with a GPU but no network (CIFAR=folder of its JPEG files)
+	@PYTHONPATH=bench $(PY) -m gpu.pack $(if $(CIFAR),--cifar '$(CIFAR)') $(ARGS)
 
 lint: environment ## what .ci/run checks about the sources
 	@$(PY) -m ruff check .
