@@ -1,0 +1,43 @@
+"""The gate runs every step, says what took how long, and fails if one failed. `make` is not the real one."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+GATE = Path(__file__).resolve().parent.parent / ".ci" / "run"
+MAKE = """#!/bin/sh
+case $1 in
+    lint) echo "a comma is missing"; exit 2;;
+    test) sleep 2; echo "===== 7 passed in 1.5s ====="; (setsid sleep 60 &);;
+    test-*) echo "===== 5 passed in 1.0s =====";;
+    train) echo "trained, but no summary";;
+esac
+"""
+
+
+def write_program(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(GATE, tmp_path / ".ci")
+    write_program(tmp_path / ".ci/.venv/bin/python", "#!/bin/sh\necho versions\n")
+    write_program(tmp_path / "programs/make", MAKE)
+    write_program(tmp_path / "programs/nvcc", "#!/bin/sh\n")
+    path = {"PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [tmp_path / ".ci/run"], env={**os.environ, **path}, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert "a comma is missing" in done.stdout
+    times = done.stdout.partition("== what took how long\n")[2].splitlines()
+    seconds = [int(line.split(" s  ")[0]) for line in times if " s  " in line]
+    assert seconds[:-1] == sorted(seconds[:-1], reverse=True)
+    assert times[0].endswith(" s  test")
+    assert sum(line.endswith("lint: FAILED") for line in times) == 1
+    assert {"failed: lint", "failed: train for an epoch"} <= set(times)
+    assert times[-2:] == ["===== 5 passed in 1.0s =====", "===== 7 passed in 1.5s ====="]
