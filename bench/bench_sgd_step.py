@@ -1,4 +1,4 @@
-"""sgd_step_: a step over convolutions and batch norms, the masked weights in bfloat16, and the filter norms."""
+"""sgd_step_: a step over convolutions and batch norms, masked weights in bfloat16, norms of filters (and channels)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
 GPU_FORMS: dict[str, dict[str, Any]] = {"torch.compile": {"foreach": True}}
 ORIGINAL: dict[str, dict[str, Any]] = {"original": {"foreach": False}}
 State = tuple[list[Tensor], list[Tensor], list[Tensor]]  # params, gradients, momenta
-Result = tuple[list[Tensor], list[Tensor], Tensor]  # params, masked weights, norms
+Result = tuple[list[Tensor], list[Tensor], Tensor, Tensor | None]  # params, masked weights, norms, channel norms
 
 
 def start(network: Network) -> State:
@@ -43,22 +43,30 @@ def learning_rate(network: Network) -> Tensor:
     return torch.full((), SETTINGS["lr"], dtype=torch.float64, device=network.mask.device)
 
 
-def fused_call(network: Network, state: State) -> Callable[[], Result]:
+def empty_channel_norms(network: Network, channels: bool) -> Tensor | None:
+    """Room for the norms of input channels, if they are measured."""
+    count = sum(weight.shape[1] for weight in network.weights)
+    return torch.empty(count, device=network.mask.device) if channels else None
+
+
+def fused_call(network: Network, state: State, channels: bool) -> Callable[[], Result]:
     """The op, which does all of it."""
     params, grads, momenta = state
     norms = torch.empty(network.filters, device=network.mask.device)
+    channel_norms = empty_channel_norms(network, channels)
     masked = [torch.empty_like(weight, dtype=torch.bfloat16) for weight in network.weights]
     outputs: dict[str, Any] = {"layers": len(masked), "mask": network.mask, "masked": masked, "norms": norms}
+    outputs |= {"channel_norms": channel_norms}
     settings = SETTINGS | {"lr": learning_rate(network)}
 
     def call() -> Result:
         ops.sgd_step_(params, grads, momenta, **settings, **outputs)
-        return params, masked, norms
+        return params, masked, norms, channel_norms
 
     return call
 
 
-def split_call(network: Network, rival: str, state: State) -> Callable[[], Result]:
+def split_call(network: Network, rival: str, state: State, channels: bool) -> Callable[[], Result]:
     """torch.optim.SGD, then the masked weights, then the norms."""
     params, grads, momenta = state
     weights = params[: len(network.weights)]
@@ -71,19 +79,22 @@ def split_call(network: Network, rival: str, state: State) -> Callable[[], Resul
 
     def call() -> Result:
         optimizer.step()
+        measured = torch.cat([weight.abs().mean((0, 2, 3)) for weight in weights]) if channels else None
         if rival == "original":
             masked = baselines.original_masked(weights, expanded, torch.bfloat16)
-            return params, masked, baselines.original_norms(weights)
+            return params, masked, baselines.original_norms(weights), measured
         masked = baselines.pytorch_masked(weights, masks, torch.bfloat16)
-        return params, masked, baselines.pytorch_norms(weights)
+        return params, masked, baselines.pytorch_norms(weights), measured
 
     return baselines.compiled(call) if rival == "torch.compile" else call
 
 
+@pytest.mark.parametrize("channels", [False, True], ids=["step", "channels"])
 @pytest.mark.rivals("fastprune", *FORMS, ops=["sgd_step_"], gpu=list(GPU_FORMS), host=list(ORIGINAL))
-def test_sgd_step(measure: Measure, ready: Ready, network: Network, rival: str) -> None:
+def test_sgd_step(measure: Measure, ready: Ready, network: Network, rival: str, channels: bool) -> None:
     state = start(network)
-    call = ready(fused_call(network, state) if rival == "fastprune" else split_call(network, rival, state))
+    ours = rival == "fastprune"
+    call = ready(fused_call(network, state, channels) if ours else split_call(network, rival, state, channels))
     params, grads, momenta = start(network)
     for tensors, fresh in zip(state, (params, grads, momenta)):  # capturing a graph has taken steps
         torch._foreach_copy_(tensors, fresh)
@@ -91,14 +102,17 @@ def test_sgd_step(measure: Measure, ready: Ready, network: Network, rival: str) 
     norms, layers = torch.empty_like(network.mask, dtype=torch.float32), len(network.weights)
     _, momentum, decay = SETTINGS.values()
     settings = (learning_rate(network), momentum, 0.0, decay, False, False, False, None, None)
-    outputs = (layers, network.mask, masked, None, norms, None, 1)
+    channel_norms = empty_channel_norms(network, channels)
+    outputs = (layers, network.mask, masked, None, norms, channel_norms, 1)
     reference.sgd_step_(params, grads, momenta, *settings, *outputs)
-    stepped, their_masked, their_norms = call()
+    stepped, their_masked, their_norms, their_channel_norms = call()
     for result, want in zip(stepped, params):
         torch.testing.assert_close(result, want, rtol=1e-5, atol=1e-7)
     for result, want in zip(their_masked, masked):  # a last bit of float32 may decide the rounding to bfloat16
         torch.testing.assert_close(result, want, rtol=2**-7, atol=0)
     torch.testing.assert_close(their_norms.to(norms.device), norms, rtol=1e-5, atol=0)
+    torch.testing.assert_close(their_channel_norms, channel_norms, rtol=1e-5, atol=0)
     # Weight, gradient and momentum are read, weight and momentum written; two bytes of each masked weight.
     elements = sum(param.numel() for param in params)
-    measure("sgd_step_", network, call, Work(20 * elements + 2 * network.elements, 8 * elements))
+    op = "sgd_step_ with channels" if channels else "sgd_step_"
+    measure(op, network, call, Work(20 * elements + 2 * network.elements, 8 * elements))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastprune.ops.checks import channels_of
 
+from .device_tables import kept_by_stream, put
 from .filter_mask import FLOAT_MAX, add_magnitudes
 from .layers import TYPES
 
@@ -67,9 +68,8 @@ def write_channel_norms(weights: Sequence[Tensor], norms: Tensor, ord: int) -> N
     channel_norms_kernel[(len(lines),)](lines, norms, TYPE=TYPES[weights[0].dtype], ORD=ord, num_warps=WARPS)
 
 
+@kept_by_stream(32)
 def _lines(device: torch.device, element_size: int, layers: Layers) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("sgd_step_: Triton's kernels write no channel_norms while a CUDA graph is captured")
     parts, first = [], 0
     for address, rows, channels, inner in layers:
         group = max(1, SLOTS.value // inner)
@@ -83,4 +83,4 @@ def _lines(device: torch.device, element_size: int, layers: Layers) -> Tensor:
         lines[:, FIRST.value] = first + begin
         parts.append(lines)
         first += channels
-    return torch.cat(parts).to(device)
+    return put(torch.cat(parts), device)

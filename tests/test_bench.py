@@ -62,6 +62,7 @@ RIVALS = {
     "hyper_weight fwd+bwd": ["pytorch", "torch.compile", "original"],
     "weight_mask": ["pytorch", "pytorch topk", "pytorch foreach", "torch.compile"],
     "sgd_step_": ["pytorch for-loop", "pytorch foreach", "pytorch fused", "torch.compile"],
+    "sgd_step_ with channels": ["pytorch for-loop", "pytorch foreach", "pytorch fused", "torch.compile"],
     "covariance fwd+bwd": ["pytorch", "pytorch cov", "torch.compile"],
     "covariance high fwd+bwd": ["pytorch", "torch.compile"],
     "correlation fwd+bwd": ["pytorch", "pytorch cov", "torch.compile"],
@@ -69,7 +70,12 @@ RIVALS = {
     "kernel-covariance fwd+bwd": ["pytorch", "torch.compile"],
     "orthogonality fwd+bwd": ["pytorch", "torch.compile"],
 }
-HOST = {"update_filter_masks_", "weight_mask", "sgd_step_"}  # their originals leave the device: eager rows only
+HOST = {
+    "update_filter_masks_",
+    "weight_mask",
+    "sgd_step_",
+    "sgd_step_ with channels",
+}  # their originals leave the device: eager rows only
 
 
 @pytest.mark.parametrize("op", ["sgd_step_", pytest.param("", marks=pytest.mark.slow, id="all")])
