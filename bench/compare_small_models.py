@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from fastprune.checkpoint import write_atomically
 from fastprune.cost import cost
 from fastprune.data import ImageData
 from fastprune.latency import ENGINES, Engine, latency
+from fastprune.precision import DTYPES, PrecisionOrAuto, choose
 from fastprune.schedule import learning_rate
 
 
@@ -51,6 +52,8 @@ class Options:
     batch_size: int = 128
     lr: float = 0.1
     """Peak, of a one-cycle schedule; a fifth of it to fine-tune."""
+    precision: PrecisionOrAuto = "auto"
+    """Of the training and of the accuracies, as of python -m fastprune.train; latencies are measured in float32."""
     seed: int = 0
     limit_train: int | None = None
     limit_test: int | None = None
@@ -86,10 +89,15 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     example = torch.zeros(1, *images.train_images.shape[1:])
     torch.manual_seed(options.seed)
     dense = models.create(options.model, len(images.classes))
+    if options.precision == "auto":
+        shape = (options.batch_size, *images.train_images.shape[1:])
+        choice = choose(dense, shape, torch.contiguous_format)
+        options = replace(options, precision=choice.precision)
+        print(f"precision: {choice.precision}, since {choice.why}")
     started = time.perf_counter()
     train(dense, images, options, options.epochs, options.lr)
     found = cost(dense, example)
-    accuracy = test(dense, images)
+    accuracy = test(dense, images, options)
     networks: dict[str, nn.Module] = {"dense": dense}
     rows = [Small("dense", found.macs, found.parameters, accuracy, accuracy, 0.0, time.perf_counter() - started)]
     for name, made in (("fastprune", by_fastprune), ("torch-pruning", by_torch_pruning)):
@@ -132,12 +140,12 @@ def by_fastprune(model: nn.Module, images: ImageData, options: Options, _: int) 
     steps = options.fine_tune * steps_per_epoch(images, options)
     pruner = fastprune.FilterPruner(model, rate=options.rate, until=max(round(0.75 * steps), 1), couple=example)
     pruner.update()
-    before = test(model, images)
+    before = test(model, images, options)
     training = seconds(lambda: train(model, images, options, options.fine_tune, options.lr / 5, pruner.step))
     small: list[nn.Module] = []
     removing = seconds(lambda: small.append(fastprune.compact(model, example)))
     found = cost(small[0], example)
-    row = Small("fastprune", found.macs, found.parameters, before, test(small[0], images), removing, training)
+    row = Small("fastprune", found.macs, found.parameters, before, test(small[0], images, options), removing, training)
     return small[0], row
 
 
@@ -150,9 +158,11 @@ def by_torch_pruning(model: nn.Module, images: ImageData, options: Options, macs
         low, high = (ratio, high) if cost(_removed(model, example, ratio), example).macs > macs else (low, ratio)
     removing = seconds(lambda: _removed(model, example, high))
     small = _removed(model, example, high)
-    found, before = cost(small, example), test(small, images)
+    found, before = cost(small, example), test(small, images, options)
     training = seconds(lambda: train(small, images, options, options.fine_tune, options.lr / 5))
-    return small, Small("torch-pruning", found.macs, found.parameters, before, test(small, images), removing, training)
+    return small, Small(
+        "torch-pruning", found.macs, found.parameters, before, test(small, images, options), removing, training
+    )
 
 
 def _removed(model: nn.Module, example: Tensor, ratio: float) -> nn.Module:
@@ -200,7 +210,8 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate("one-cycle", step, total, peak, 0)
             batch = data.normalize(augment(images.train_images[indices], generator), images.mean, images.std)
-            loss = functional.cross_entropy(model(batch), images.train_labels[indices])
+            with autocast(options):
+                loss = functional.cross_entropy(model(batch).float(), images.train_labels[indices])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -208,13 +219,20 @@ def train(
             step += 1
 
 
+def autocast(options: Options) -> torch.autocast:
+    """The compute dtype."""
+    dtype = DTYPES[options.precision]
+    return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
+
 @torch.no_grad()
-def test(model: nn.Module, images: ImageData) -> float:
+def test(model: nn.Module, images: ImageData, options: Options) -> float:
     """Test top-1, in percent."""
     model.eval()
     right = 0
     for batch, labels in zip(images.test_images.split(500), images.test_labels.split(500)):
-        logits = model(data.normalize(batch, images.mean, images.std))
+        with autocast(options):
+            logits = model(data.normalize(batch, images.mean, images.std))
         right += int((logits.argmax(1) == labels).sum())
     return 100 * right / len(images.test_labels)
 

@@ -14,6 +14,8 @@ import table
 from layers import Measure, Work
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from fastprune import ops
+
 DEVICE = pytest.StashKey[devices.Device]()
 PEAKS = pytest.StashKey[peaks.Peaks | None]()
 RESULTS = pytest.StashKey[list[table.Result]]()
@@ -120,5 +122,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
     if found is None:
         terminalreporter.section("fastprune: expected ratios")
-        for line in table.verdicts(results):
+        for line in table.verdicts(results, ops.cpu_isa()):
             terminalreporter.write_line(line)

@@ -48,10 +48,10 @@ def test_on_the_cpu() -> None:
     machine, header, *results = lines_of(ran.stdout, "fastprune: median times")
     assert "threads" in machine
     assert header == HEADER
-    assert len(results) == 31
+    assert len(results) == 34
     assert results[0].startswith("covariance fwd+bwd          tiny      fastprune  ")
     assert lines_of(ran.stdout, "fastprune: expected ratios") == []  # promised for other networks
-    assert "31 passed" in ran.stdout
+    assert "34 passed" in ran.stdout
 
 
 # By op, the rivals that have eager and graph rows, besides ours.
@@ -232,8 +232,25 @@ def test_verdicts() -> None:
     times = {"fastprune": 0.002, "pytorch": 0.003, "pytorch foreach": 0.001}
     timed = [result(label, "eager", seconds) for label, seconds in times.items()]
     failed = "FAIL  weight_mask                 resnet56     0.50× pytorch (expected ≥ 1×)"
-    assert list(table.verdicts(timed)) == [failed]
-    assert next(table.verdicts(timed[:2])).startswith("PASS")
+    assert list(table.verdicts(timed, "avx2")) == [failed]
+    assert next(table.verdicts(timed[:2], "avx2")).startswith("PASS")
+
+
+def test_expectations_are_those_of_the_instruction_set() -> None:
+    timed = [
+        table.Result("covariance fwd+bwd", "resnet50", rows.Row(label, label), seconds, Work(1))
+        for label, seconds in {"fastprune": 0.002, "pytorch": 0.0036}.items()
+    ]
+    verdicts = {isa: list(table.verdicts(timed, isa)) for isa in ("avx512", "avx2", "generic")}
+    assert verdicts["avx512"][0].startswith("FAIL")
+    assert verdicts["avx2"][0].startswith("PASS")
+    assert verdicts["generic"] == []
+
+
+def test_a_precision_that_is_not_the_fastest_fails() -> None:
+    table.verify_precision("fp32", {"fp32": 1.09, "bf16": 1.0})
+    with pytest.raises(AssertionError, match=r"auto chose bf16, in which a step takes 8\.00 times as long as in fp32"):
+        table.verify_precision("bf16", {"fp32": 1.0, "bf16": 8.0})
 
 
 def test_the_fake_is_like_the_real_one() -> None:

@@ -38,4 +38,5 @@ def test_without_torch_pruning_fastprune_is_measured_alone(
     result = compare_small_models.main(SMALL)
     assert list(by_name(result)) == ["dense", "fastprune"]
     assert result["torch_pruning"] is None
+    assert result["options"]["precision"] in ("fp32", "bf16")
     assert "Torch-Pruning is not installed (pip install torch-pruning)" in capsys.readouterr().out
