@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .nn import MaskedConv2d
+from .nn import MaskedConv2d, is_capturing
 from .ops.checks import DTYPES, count_filters, same_layout
 from .pruner import FilterPruner
 
@@ -26,9 +26,14 @@ class PrunedSGD(torch.optim.Optimizer):
     gradients are unscaled as they are read and stay scaled in ``.grad``; nothing waits for the device, except for a
     parameter's first step under a scaler.
 
+    A CUDA graph may capture ``step()`` once a step has been taken outside of it. Replays read ``lr`` on the device:
+    make it a tensor there and change it with ``lr.fill_()``, as PyTorch's schedulers do. The other settings stay as
+    they were captured. Masks may change between replays.
+
     Args:
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, each dense in memory.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as for :class:`torch.optim.SGD`.
+        lr: a number, or a tensor of one float32 or float64.
+        momentum, dampening, weight_decay, nesterov, maximize: as for :class:`torch.optim.SGD`.
         pruner: whose weights are among ``params``. It is not part of the state, nor of a copy of the optimizer.
         masked_dtype: the dtype in which the model computes (autocast's, or that of the weights). Give it only where
             weights change between ``step()`` and the next forward in ways that their version counters tell, not through
@@ -37,7 +42,8 @@ class PrunedSGD(torch.optim.Optimizer):
     Raises:
         ValueError: for values out of range, and for a pruner of another model.
         TypeError: for a pruner of another kind.
-        RuntimeError: from ``step()``, for sparse gradients and parameters that are not as described.
+        RuntimeError: from ``step()``, for sparse gradients, parameters that are not as described, and what a CUDA graph
+            cannot capture.
     """
 
     # GradScaler leaves the scale and the verdict on Inf in `grad_scale` and `found_inf` around step().
@@ -50,7 +56,7 @@ class PrunedSGD(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float = 0,
@@ -131,6 +137,12 @@ class PrunedSGD(torch.optim.Optimizer):
 
     def _step(self, group: dict[str, Any], params: list[Tensor], first: bool) -> None:
         device = params[0].device
+        lr = _learning_rate(group["lr"], device)
+        if first and is_capturing(device):
+            raise RuntimeError(
+                "a CUDA graph cannot capture the first step of a parameter, which its replays would take again and "
+                "again: take a step before the capture"
+            )
         grad_scale, found_inf = (
             None if scalar is None else scalar.to(device)
             for scalar in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
@@ -145,7 +157,7 @@ class PrunedSGD(torch.optim.Optimizer):
                 params,
                 [_side_by_side(param.grad, param) for param in params if param.grad is not None],
                 momenta,
-                lr=group["lr"],
+                lr=lr,
                 momentum=group["momentum"],
                 dampening=group["dampening"],
                 weight_decay=group["weight_decay"],
@@ -188,6 +200,17 @@ class PrunedSGD(torch.optim.Optimizer):
         if self.pruner is None or self.masked_dtype is None or not layers:
             return nullcontext(())
         return self.pruner.masked_weights.writing(self.masked_dtype)
+
+
+def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """The learning rate as the op takes it."""
+    if is_capturing(device) and not (isinstance(lr, Tensor) and lr.device == device):
+        where = f"a tensor on {lr.device}" if isinstance(lr, Tensor) else f"the number {lr}"
+        raise RuntimeError(
+            f"a CUDA graph would keep the learning rate, {where}, for all its replays: make PrunedSGD with "
+            f"lr=torch.tensor({float(lr):g}, device='{device}'), and change it by lr.fill_()"
+        )
+    return lr.to(device) if isinstance(lr, Tensor) else lr
 
 
 def _side_by_side(tensor: Tensor, param: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from fastprune import FilterPruner, MaskedConv2d, WeightPruner
+from fastprune import FilterPruner, MaskedConv2d, WeightPruner, optim
 from fastprune import nn as masking
 from fastprune.optim import PrunedSGD
 
@@ -305,14 +305,16 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> Iterator[fake_cuda.FakeGraph]:
     """A graph of what runs within, which the code takes for CUDA's."""
     graph = fake_cuda.FakeGraph()
     with monkeypatch.context() as patch, graph:
-        patch.setattr(masking, "is_capturing", lambda device: True)
+        for module in (masking, optim):
+            patch.setattr(module, "is_capturing", lambda device: True)
         yield graph
 
 
 @pytest.mark.parametrize("captured_step", [True, False], ids=["whole-step", "without-the-optimizer"])
 def test_a_captured_step_is_the_eager_one(captured_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (model, pruner, optimizer), (other, other_pruner, other_optimizer) = pruned(), pruned(keep=False)
-    images = torch.empty_like(IMAGES)
+    images, lr = torch.empty_like(IMAGES), torch.tensor(0.05, dtype=torch.float64)
+    optimizer.param_groups[0]["lr"] = lr
 
     def step() -> Tensor:
         model.zero_grad(set_to_none=False)
@@ -334,6 +336,8 @@ def test_a_captured_step_is_the_eager_one(captured_step: bool, monkeypatch: pyte
     for i in range(9):
         batch = IMAGES.roll(i, 3)
         images.copy_(batch)
+        lr.fill_(0.05 / (1 + i))
+        other_optimizer.param_groups[0]["lr"] = 0.05 / (1 + i)
         graph.replay()
         if not captured_step:
             optimizer.step()
@@ -359,3 +363,15 @@ def test_a_change_during_a_capture_is_masked_in_the_graph(
     assert not renewals
     model(IMAGES)
     assert renewals
+
+
+def test_what_a_graph_cannot_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pruner, optimizer = pruned()
+    backward(model)
+    before = copy.deepcopy(model.state_dict())
+    with capturing(monkeypatch), pytest.raises(RuntimeError, match=r"keep the learning rate, the number 0\.05.*fill_"):
+        optimizer.step()
+    fresh = PrunedSGD(model.parameters(), lr=torch.tensor(0.1), momentum=0.9, pruner=pruner)
+    with capturing(monkeypatch), pytest.raises(RuntimeError, match="take a step before the capture"):
+        fresh.step()
+    assert_same(list(model.state_dict().values()), list(before.values()))

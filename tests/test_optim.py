@@ -297,6 +297,21 @@ def test_where_norms_cannot_be_written_the_pruner_reads_the_weights(split: str, 
         assert_equal(model, other)
 
 
+def test_a_learning_rate_on_the_device_and_its_scheduler() -> None:
+    model, other = network(), network()
+    lr = torch.tensor(0.05, dtype=torch.float64)
+    optimizer, other_optimizer = ours(model, **HYPER | {"lr": lr}), theirs(other)
+    schedulers = [torch.optim.lr_scheduler.CosineAnnealingLR(each, 5) for each in (optimizer, other_optimizer)]
+    for step in range(5):
+        for each in (model, other):
+            backward(each, step)
+        for each in (optimizer, other_optimizer, *schedulers):
+            each.step()
+    assert optimizer.param_groups[0]["lr"] is lr, "a graph would read this one"
+    assert lr < 1e-12
+    assert_equal(model, other)
+
+
 def test_with_a_pruner_of_something_else() -> None:
     model = layered()
     with pytest.raises(ValueError, match="none of the pruner's weights is among params"):
