@@ -13,6 +13,7 @@ import ast
 import functools
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Keys:
         self.ops: dict[str, str] = ast.literal_eval(table.value)  # type: ignore[attr-defined]
         self.ops |= {base: base for base in self.ops.values()}
         self.executor = self.sources.glob(f"{EXECUTOR}/*.py") - self.sources.glob(f"{EXECUTOR}/test_*.py")
-        self.of_op = functools.cache(self._of_op)
+        self.of_op, self.words = functools.cache(self._of_op), functools.cache(self._words)
 
     def key(self, nodeid: str, params: dict[str, Any]) -> str:
         """The key of a test by its name, relative to the root, and the values that it is called with."""
@@ -57,7 +58,7 @@ class Keys:
         else:
             texts, files = self._reached(file, name, params)
             files |= self.executor | ({INTERPRETER} if "triton-interpreted" in nodeid else set())
-            for op, on_host in self._named(file, "\n".join(texts)):
+            for op, on_host in self._named(file, texts):
                 for kind in kinds:
                     files |= self.of_op(op, kind, on_host)
         for named in {file for file in files if "::" in file}:
@@ -85,14 +86,24 @@ class Keys:
             files |= closure.files
         return texts, files
 
-    def _named(self, file: str, text: str) -> set[tuple[str, bool]]:
-        """The ops that a text names, and that of the file's name, each with whether it also runs on the host."""
-        words = {self.ops[word] for word in set(re.findall(r"\w+", text)) & self.ops.keys()}
-        words |= {base for base in self.ops.values() if base in file}
+    def _named(self, file: str, texts: Iterable[str]) -> set[tuple[str, bool]]:
+        """The ops that texts name, and that of the file's name, each with whether it also runs on the host."""
+        words = {base for base in self.ops.values() if base in file}
+        hosts: set[str] = set()
+        for text in texts:
+            named, called = self.words(text)
+            words |= named
+            hosts |= called
         # A table of cases runs on the simulated GPU alone.
         beside = not file.startswith("tests/test_op")
-        hosts = {self.ops.get(name) for name in re.findall(r"\bops\.(\w+)", text) if beside}
-        return {(op, op in hosts) for op in words}
+        return {(op, beside and op in hosts) for op in words}
+
+    def _words(self, text: str) -> tuple[set[str], set[str]]:
+        """The ops whose names are in a text, and those that are called as `ops.<name>`."""
+        named, called = set(re.findall(r"\w+", text)), set(re.findall(r"\bops\.(\w+)", text))
+        return {self.ops[name] for name in named & self.ops.keys()}, {
+            self.ops[name] for name in called & self.ops.keys()
+        }
 
     def _of_op(self, op: str, kind: str, on_host: bool) -> set[str]:
         """The files of one op for `cuda` or `triton`, with the CPU's kernel where the test calls it, too."""
