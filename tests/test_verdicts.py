@@ -153,3 +153,8 @@ def test_the_versions_are_those_of_this_machine() -> None:
     assert found.keys() == VERSIONS.keys()
     assert found["torch"] == torch.__version__.split("+")[0]
     assert ("release" in found["nvcc"]) == bool(NVCC)
+
+
+def test_what_is_installed_is_asked_each_time(tree: Path) -> None:
+    nodeid = "tests/test_cuda_filter_mask.py::test_serves_cuda_where_it_was_built[filter_norms]"
+    assert key(tree, nodeid, {"op": "filter_norms"}) == ""

@@ -8,9 +8,12 @@ the others came to; `rewrite` executes everything and writes that down.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import secrets
+import shlex
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from importlib import metadata
@@ -59,7 +62,7 @@ def is_drawn(seed: int, nodeid: str) -> bool:
 def updated(clean: dict[str, str], keys: dict[str, str], passed: dict[str, bool], gone: set[str]) -> dict[str, str]:
     """The table after a run: what passed with its key, without what did not pass or is gone; the rest stays."""
     kept = {nodeid: key for nodeid, key in clean.items() if nodeid not in gone and nodeid not in passed}
-    return kept | {nodeid: keys[nodeid] for nodeid, clean_now in passed.items() if clean_now and nodeid in keys}
+    return kept | {nodeid: keys[nodeid] for nodeid, clean_now in passed.items() if clean_now and keys.get(nodeid)}
 
 
 class Verdicts:
@@ -75,7 +78,9 @@ class Verdicts:
 
     @property
     def command(self) -> str:
-        return f'make test-gpu-kernels-changed ARGS="--verdicts-seed={self.seed}"'
+        interpreted = "TRITON_INTERPRET=1 " if os.environ.get("TRITON_INTERPRET") == "1" else ""
+        arguments = [*self.config.invocation_params.args, f"--verdicts-seed={self.seed}"]
+        return f"{interpreted}{os.path.relpath(sys.executable)} -m pytest {shlex.join(map(str, arguments))}"
 
     def pytest_report_header(self) -> str:
         return f"verdicts: {self.mode}" + (f", seed {self.seed}: {self.command}" if self.mode == "check" else "")
@@ -127,8 +132,8 @@ class Verdicts:
 
     def _gone(self, known: dict[str, str]) -> set[str]:
         """The tests in the table that their file has no more, of the kind that this process collects."""
-        if any("::" in argument for argument in self.config.args):
-            return set()  # not all of a file was collected
+        if self.mode != "rewrite" or any("::" in argument for argument in self.config.args):
+            return set()  # not all tests of a file were generated
         collected = set(self.chosen["collected"])
         files = {nodeid.split("::")[0] for nodeid in collected}
         interpreted = any(INTERPRETED in nodeid for nodeid in collected)

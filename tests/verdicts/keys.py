@@ -39,8 +39,13 @@ class Keys:
         self.of_op, self.words = functools.cache(self._of_op), functools.cache(self._words)
 
     def key(self, nodeid: str, params: dict[str, Any]) -> str:
-        """The key of a test by its name, relative to the root, and the values that it is called with."""
+        """The key of a test by its name, relative to the root, and the values that it is called with.
+
+        It is empty for a test about what is installed here, which is no property of this repository.
+        """
         lines = sorted(self.parts(nodeid, params))
+        if any("ops.backends()" in line for line in lines):
+            return ""
         return hashlib.sha256("\n".join([nodeid, *lines]).encode()).hexdigest()[:LENGTH]
 
     def parts(self, nodeid: str, params: dict[str, Any]) -> set[str]:
