@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-gpu-kernels test-gpu-kernels-changed bench gpu-check gpu-pack lint format wheel clean environment FORCE
+.PHONY: help train test test-slow test-oldest test-gpu-kernels test-gpu-kernels-changed bench gpu-check gpu-pack lint format wheel clean environment FORCE
 
 VENV ?= .venv
 ARGS ?=
@@ -18,6 +18,8 @@ PIP := $(PY) -m pip --disable-pip-version-check --no-input
 CXX_SOURCES := $(shell find csrc -type f 2>/dev/null | sort)
 # One stamp for each way to build, so that changing the switch builds again.
 INSTALLED := $(VENV)/.installed
+OLDEST := $(VENV)-oldest
+OLDEST_TESTS = $(wildcard tests/test_op_*.py) $(addprefix tests/test_,ops.py backend.py info.py nn.py optim.py pruner.py)
 BUILT := $(VENV)/.built$(if $(FASTPRUNE_NO_EXT),-no-ext-$(FASTPRUNE_NO_EXT))$(if $(FASTPRUNE_CUDA),-cuda-$(FASTPRUNE_CUDA))
 
 help: ## list the targets
@@ -45,6 +47,15 @@ define test_gpu_kernels
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --timeout 1800 --verdicts=$(1) -m gpu_kernels $(ARGS)
 endef
 
+# With modules that it built, from a folder where Python does not find this tree's first; then with the newest's.
+test-oldest: environment $(OLDEST)/.installed ## the tests of ops and layers with the oldest PyTorch that is promised
+	@echo "fastprune: building the CPU module with the oldest PyTorch"
+	@FASTPRUNE_CUDA=0 PYTHONPATH=$(OLDEST)/packages $(PY) setup.py --quiet build --build-base $(OLDEST)/build \
+		--build-lib $(OLDEST)/built > $(OLDEST)/build.log 2>&1 || { cat $(OLDEST)/build.log >&2; exit 1; }
+	@cd $(OLDEST) && OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OLDEST)/built):$(abspath $(OLDEST)/packages) $(abspath $(PY)) \
+		-m pytest -c $(CURDIR)/pyproject.toml -n auto --maxprocesses 8 $(addprefix $(CURDIR)/,$(OLDEST_TESTS)) $(ARGS)
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(OLDEST)/packages) $(PY) -m pytest tests/test_ops.py
+
 bench: environment ## every op beside its rivals
 	@$(PY) -m pytest bench/ --benchmark-only $(ARGS)
 
@@ -71,7 +82,7 @@ wheel: environment ## one wheel, in dist/
 	@ls dist/*.whl
 
 clean: ## remove what was built; the environment stays (rm -r it for a new one)
-	@rm -rf build dist *.egg-info fastprune/*.so $(VENV)/.built*
+	@rm -rf build dist *.egg-info fastprune/*.so $(VENV)/.built* $(OLDEST)/buil*
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	@find bench fastprune kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -98,6 +109,13 @@ $(INSTALLED): pyproject.toml $(if $(PIP_CONSTRAINT),$(wildcard $(PIP_CONSTRAINT)
 		&& FASTPRUNE_NO_EXT=1 $(PIP) install -qq --no-build-isolation --editable '.[dev]' \
 		|| { [ ! -e $@.before ] || mv $@.before $@; exit 1; }
 	@rm -f $@.before $(VENV)/.built*; printf %s '$(CURDIR)' > $@
+
+# The oldest torch and what comes with it, laid over the environment's packages: CUDA's libraries serve both.
+$(OLDEST)/.installed: .ci/constraints-oldest.txt $(INSTALLED)
+	@echo "fastprune: making $(OLDEST) with the oldest PyTorch"
+	@rm -rf $(OLDEST) && mkdir $(OLDEST)
+	@PIP_CONSTRAINT= $(PIP) install -qq --no-deps --target $(OLDEST)/packages -r .ci/constraints-oldest.txt
+	@touch $@
 
 # Incremental: ninja compiles what changed in csrc/ and nothing else.
 $(BUILT): $(INSTALLED) setup.py $(CXX_SOURCES)

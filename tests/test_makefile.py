@@ -14,10 +14,10 @@ PYTHON = f"""#!/bin/bash
 case "$1 $2" in
 -c*) exec {sys.executable} "$@";;
 --version*) echo Python;;
-"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >> log;;
-"-m pip") echo pip >> log; [ ! -e pip-fails ];;
-"setup.py "*) echo build >> log; [ ! -e build-fails ];;
-*) echo "$@" >> log;;
+"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >> "$LOG";;
+"-m pip") echo pip >> "$LOG"; [ ! -e pip-fails ];;
+"setup.py "*) echo "build${{PYTHONPATH:+ with $PYTHONPATH}}" >> "$LOG"; [ ! -e build-fails ];;
+*) echo "$@" >> "$LOG";;
 esac
 """
 INSTALL = ["pip", "pip", "build"]
@@ -28,24 +28,24 @@ class Clone:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "csrc").mkdir(parents=True)
-        for name in ("Makefile", "pyproject.toml", "setup.py", "csrc/module.cpp"):
+        for name in ("Makefile", "pyproject.toml", "setup.py", "csrc/module.cpp", ".ci/constraints-oldest.txt"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
         (folder / "python").write_text(PYTHON)
         (folder / "python").chmod(0o755)
 
     def make(self, *arguments: str, fails: bool = False) -> list[str]:
         """Run make and return what it had Python do."""
-        (self.folder / "log").unlink(missing_ok=True)
+        log = self.folder / "log"
+        log.unlink(missing_ok=True)
         # Variables given to the make that runs these tests are in the environment, too.
-        outer = ("FASTPRUNE_", "MAKE", "MFLAGS", "PIP_", "ARGS", "PYTHON", "VENV")
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(outer)}
+        outer = ("FASTPRUNE_", "MAKE", "MFLAGS", "PIP_", "ARGS", "PYTHON", "OLDEST", "VENV")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(outer)} | {"LOG": str(log)}
         ran = subprocess.run(
             ["make", "PYTHON=./python", *arguments], cwd=self.folder, env=clean, capture_output=True, text=True
         )
         assert (ran.returncode != 0) == fails, ran.stdout + ran.stderr
         self.stderr = ran.stderr
-        log = self.folder / "log"
         return log.read_text().splitlines() if log.exists() else []
 
     def touch(self, name: str) -> None:
@@ -82,6 +82,23 @@ def test_another_kind_of_build_is_built(clone: Clone) -> None:
     assert clone.make("environment", "FASTPRUNE_CUDA=0") == ["build"]
     assert clone.make("environment", "FASTPRUNE_CUDA=0") == []
     assert clone.make("environment") == ["build"]
+
+
+def test_the_oldest_is_installed_once_and_leaves_what_the_newest_built(clone: Clone) -> None:
+    clone.make("environment")
+    module = clone.folder / "fastprune" / "_cpu.abi3.so"
+    module.parent.mkdir()
+    module.touch()
+    build = "build with .venv-oldest/packages"
+    assert clone.make("test-oldest")[:2] == ["pip", build]
+    built, on_its_modules, on_the_newest = clone.make("test-oldest", "ARGS=-x")
+    assert built == build
+    assert on_its_modules.startswith(f"-m pytest -c {clone.folder}/pyproject.toml ")
+    assert on_its_modules.endswith(" -x")
+    assert on_the_newest == "-m pytest tests/test_ops.py"
+    assert module.exists()
+    clone.touch(".ci/constraints-oldest.txt")
+    assert clone.make("test-oldest")[:2] == ["pip", build]
 
 
 def test_an_interrupted_install_is_made_again(clone: Clone) -> None:

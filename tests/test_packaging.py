@@ -62,6 +62,15 @@ def tools(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_the_oldest_that_is_tested_is_the_oldest_promised() -> None:
+    pins = dict(re.findall(r"^(\S+)==(\S+)$", (ROOT / ".ci/constraints-oldest.txt").read_text(), re.MULTILINE))
+    promised = dict(re.findall(r'"(torch|torchvision|triton)>=([\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    assert set(promised) == {"torch", "torchvision", "triton"}
+    assert {name: pins[name] for name in promised} == {name: f"{version}.0" for name, version in promised.items()}
+    major, minor = map(int, promised["torch"].split("."))
+    assert f'TORCH_TARGET = "0x{major:02x}{minor:02x}' in (ROOT / "setup.py").read_text()
+
+
 @pytest.mark.usefixtures("tools")
 def test_cuda_is_built_where_the_tools_are_whether_or_not_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     given = run_setup(monkeypatch)
