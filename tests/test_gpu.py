@@ -40,7 +40,10 @@ class Inputs:
     params: list[Tensor]
     momenta: list[Tensor]
     masked: list[Tensor]
+    lr: Tensor
+    filter_decay: Tensor
     norms: Tensor
+    channel_norms: Tensor
     updated: Tensor
 
     def to(self, device: torch.device) -> Inputs:
@@ -69,7 +72,10 @@ def inputs(seed: int) -> Inputs:
         params=[*(weight.clone() for weight in weights), torch.ones(7)],
         momenta=[*momenta, torch.ones(7)],
         masked=[torch.zeros_like(weight, dtype=torch.bfloat16) for weight in weights],
+        lr=torch.full((), 0.01 * (1 + seed % 20), dtype=torch.float64),
+        filter_decay=0.1 * mask.float(),
         norms=torch.zeros(len(mask)),
+        channel_norms=torch.zeros(sum(weight.shape[1] for weight in weights)),
         updated=torch.zeros_like(mask),
     )
 
@@ -102,9 +108,10 @@ def decorrelation(kind: str) -> Callable[[Inputs], Any]:
 
 def sgd_step_(x: Inputs) -> Any:
     grads = [*x.weights, torch.full_like(x.params[-1], 0.5)]
-    outputs: dict[str, Any] = {"layers": len(x.masked), "mask": x.mask, "masked": x.masked, "norms": x.norms}
-    ops.sgd_step_(x.params, grads, x.momenta, lr=0.1, momentum=0.9, weight_decay=0.01, **outputs)
-    return x.params, x.momenta, x.masked, x.norms
+    outputs = {"masked": x.masked, "norms": x.norms, "channel_norms": x.channel_norms}
+    filters: dict[str, Any] = {"layers": len(x.masked), "mask": x.mask, "filter_decay": x.filter_decay, **outputs}
+    ops.sgd_step_(x.params, grads, x.momenta, lr=x.lr, momentum=0.9, weight_decay=0.01, **filters)
+    return x.params, x.momenta, x.masked, x.norms, x.channel_norms
 
 
 # By name, the ops that serve a call, and the call; it returns all it has written.
