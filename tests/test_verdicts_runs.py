@@ -10,7 +10,47 @@ import sys
 from pathlib import Path
 
 import pytest
-from verdicts import ROOT, is_drawn, table
+from verdicts import ROOT, is_drawn, table, updated
+
+
+def test_a_seed_draws_a_tenth_and_repeats_it() -> None:
+    names = [f"tests/test_a.py::test_a[{i}]" for i in range(3000)]
+    first, second = ({name for name in names if is_drawn(seed, name)} for seed in (1, 2))
+    assert first == {name for name in reversed(names) if is_drawn(1, name)}
+    assert all(240 < len(drawn) < 360 for drawn in (first, second))
+    assert len(first & second) < 60
+
+
+def test_the_table_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "clean.txt"
+    clean = {"tests/a.py::test_a[two words-x]": "aa", "tests/a.py::test_b": "bb", "tests/b.py::test_c[::]": "cc"}
+    assert table.read(path) == {}
+    table.write(path, clean)
+    assert table.read(path) == clean
+    assert path.read_text().splitlines()[1:3] == ["tests/a.py", "  aa test_a[two words-x]"]
+
+
+def test_a_table_that_cannot_be_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "clean.txt"
+    table.write(path, {"tests/a.py::test_a": "aa"})
+
+    def fail(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="could not write the table of clean tests"):
+        table.write(path, {})
+    assert table.read(path) == {"tests/a.py::test_a": "aa"}
+    assert os.listdir(tmp_path) == ["clean.txt"]
+
+
+def test_what_passed_comes_in_and_what_failed_goes() -> None:
+    clean = {"passed": "old", "failed": "old", "gone": "old", "not run": "old"}
+    keys = dict.fromkeys(("passed", "failed", "first", "not run"), "new")
+    keys["without a key"] = ""
+    ran = {"passed": True, "failed": False, "first": True, "without a key": True}
+    assert updated(clean, keys, ran, {"gone"}) == {"passed": "new", "first": "new", "not run": "old"}
+
 
 PROJECT = {
     "pyproject.toml": "[tool.pytest.ini_options]\nmarkers = ['gpu_kernels: of GPUs']\ntestpaths = ['tests']\n",
@@ -97,9 +137,9 @@ def test_runs(tmp_path: Path) -> None:
 
     # A test that is gone leaves the table once its file was collected whole.
     project.edit("def test_b", "def test_c")
-    project.run("--verdicts=update", "tests/test_op_a.py::test_c")
+    project.run("--verdicts=rewrite", "tests/test_op_a.py::test_c")
     assert {"tests/test_op_a.py::test_b", "tests/test_op_a.py::test_c"} <= project.clean.keys()
-    project.run("--verdicts=update")
+    project.run("--verdicts=rewrite")
     assert "tests/test_op_a.py::test_b" not in project.clean
 
 
