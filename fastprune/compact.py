@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
+from . import onednn
 from .channels import Analysis, Channels, Ids, Read, Sum, analyse, effective_weights, is_depthwise
 from .graph import trace
 from .scatter import Scatter
@@ -49,10 +50,12 @@ class CompactReport:
     Attributes:
         layers: of the network, in order.
         parameters: before and after.
+        unsafe: layers whose training on this CPU runs into a fault of PyTorch's, see :mod:`fastprune.onednn`.
     """
 
     layers: tuple[LayerChange, ...]
     parameters: tuple[int, int]
+    unsafe: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
@@ -61,7 +64,13 @@ class CompactReport:
             inputs = f"{row.inputs[0]:,} -> {row.inputs[1]:,}"
             lines.append(f"{row.name:<{width}}  {row.filters:7,}{row.pruned:8,}{row.kept:7,}   {inputs:<15}  {row.why}")
         before, after = self.parameters
-        return "\n".join([*lines, f"parameters: {before:,} -> {after:,} ({after / max(before, 1):.1%})"])
+        lines.append(f"parameters: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
+        if self.unsafe:
+            lines.append(
+                f"before training it here in float32 and channels_last, call fastprune.onednn.protect(model): "
+                f"PyTorch's gradient of {', '.join(self.unsafe)} corrupts memory on this CPU (docs/known_problems.md)"
+            )
+        return "\n".join(lines)
 
 
 class CompactModel(fx.GraphModule):
@@ -148,7 +157,8 @@ def compact(
                 rows.append(_change(selected, node, module, None))
     _scatter_branches(selected, small)
     counts = [sum(p.numel() for p in net.parameters()) for net in (network, small)]
-    small.report, small.origins = CompactReport(tuple(rows), (counts[0], counts[1])), origins
+    unsafe = tuple(onednn.unsafe_layers(small))
+    small.report, small.origins = CompactReport(tuple(rows), (counts[0], counts[1]), unsafe), origins
     if recalibrate is not None:
         update_bn(recalibrate, small, device=next(small.parameters()).device)
     return small

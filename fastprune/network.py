@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import distributed, models
 from .decorrelation import Decorrelation
+from .onednn import protect
 from .optim import PrunedSGD
 from .precision import DTYPES
 from .pruner import FilterPruner, Pruner, WeightPruner
@@ -99,6 +100,7 @@ class Network:
         self.config, self.pruner, self.compacted = config, pruner, compacted
         several = distributed.size() > 1 if several is None else several
         self.model = synchronise_batchnorms(model) if several and config.sync_batchnorm else model
+        protect(self.model)
         self.decorrelation = None
         if config.decorrelation != "none":
             options = (config.alpha, config.include_diagonal, config.include_pruned)

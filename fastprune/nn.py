@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import ops
+from .onednn import safe_operands
 from .ops.checks import same_layout
 
 
@@ -36,7 +37,7 @@ class MaskedConv2d(nn.Conv2d):
         weight = None if self.kept is None else self.kept.of(self)
         if weight is None:
             weight = masked_weight(self.weight, self.mask, self.feedback)
-        return self._conv_forward(input, weight, self.bias)
+        return self._conv_forward(*safe_operands(input, weight, self.stride), self.bias)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, mask={list(self.mask.shape)}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .. import ops
+from ..onednn import safe_operands
 from .description import Conv
 from .encoding import CHOICES, Width
 
@@ -75,6 +76,7 @@ class HyperConv2d(nn.Module):
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         weight = self.generate(dtype, torch.channels_last if last else torch.contiguous_format)
         groups = x.shape[1] if self.conv.depthwise else 1
+        x, weight = safe_operands(x, weight, (self.conv.stride,))
         return functional.conv2d(x, weight, None, self.conv.stride, self.conv.kernel // 2, groups=groups)
 
 
