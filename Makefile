@@ -7,7 +7,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help train test test-slow test-oldest test-gpu-kernels test-gpu-kernels-changed bench gpu-check gpu-pack lint format wheel clean environment FORCE
+.PHONY: help train test test-avx2 test-slow test-oldest test-gpu-kernels test-gpu-kernels-changed bench gpu-check gpu-pack lint format wheel clean environment FORCE
 
 VENV ?= .venv
 ARGS ?=
@@ -31,6 +31,12 @@ train: environment ## train, prune and compare: the quick recipe, a few minutes 
 # Of the tests of GPU kernels what has changed, and a tenth of the rest. tests/conftest.py puts the longest files first.
 test: environment ## the tests, without the slow ones, on all cores
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --verdicts=check $(ARGS)
+
+# Where a CPU has more, these take the paths of one with AVX2 alone, in PyTorch and in fastprune.
+AVX2 := ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 FASTPRUNE_CPU_ISA=avx2
+test-avx2: environment ## the tests of the ops and of the search, as on a CPU with AVX2 alone
+	@$(AVX2) OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+		tests/test_op_*.py tests/test_search.py tests/test_metapruning_*.py tests/test_onednn.py $(ARGS)
 
 test-slow: environment ## the slow tests only
 	@$(PY) -m pytest -m "slow and not gpu_kernels" $(ARGS)
