@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoint import CheckpointError
 
-__all__ = ["Decision", "earlier", "stored"]
+__all__ = ["Decision", "earlier", "lines", "stored"]
 
 KEY = "decided"
 
@@ -26,7 +26,15 @@ class Decision:
 
     def __str__(self) -> str:
         asked = "all" if self.asked is None else self.asked
-        return f"{self.field.replace('_', ' ')}: {self.used} (asked for: {asked}), since {self.why}"
+        return f"{self.field.replace('_', ' ')} {self.used} (asked for: {asked})"
+
+
+def lines(decisions: Iterable[Decision]) -> list[str]:
+    """Return decisions for people, those of one reason in one line."""
+    by_reason: dict[str, list[str]] = {}
+    for decision in decisions:
+        by_reason.setdefault(decision.why, []).append(str(decision))
+    return [f"{', '.join(said)}: {why}" for why, said in by_reason.items()]
 
 
 def stored(decisions: Iterable[Decision]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _choose(model: nn.Module, shape: Sequence[int], memory_format: torch.memory_
     device = next(model.parameters()).device
     native = native_bf16(device)
     convolution, inputs = costliest_convolution(model, shape)
-    hardware = native or f"no bf16 arithmetic in this {'GPU' if device.type == 'cuda' else 'CPU'}"
+    hardware = f"this {'GPU' if device.type == 'cuda' else 'CPU'} has {native or 'no bf16 arithmetic'}"
     try:
         seconds = time_both(convolution, (shape[0], *inputs), memory_format)
     except RuntimeError as error:

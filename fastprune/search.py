@@ -79,8 +79,8 @@ def run(config: SearchConfig) -> dict[str, Any]:
     print(images.source)
     config, fresh = with_precision(config, images)
     decided = fresh or decisions.earlier(config.resume, config)
-    for decision in decided:
-        print(decision)
+    for line in decisions.lines(decided):
+        print(line)
     space = make_space(config, images)
     search = make_search(config, space)
     config.out.mkdir(parents=True, exist_ok=True)

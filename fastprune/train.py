@@ -99,8 +99,8 @@ def run(config: Config) -> dict[str, Any]:
             f"{config.model}: {trainer.parameters():,} parameters, {trainer.steps_per_epoch} steps an epoch, "
             f"on {where}, in {config.precision}"
         )
-        for decision in decided:
-            print(decision)
+        for line in decisions.lines(decided):
+            print(line)
         with stop_on_signals() as signals:
             train(trainer, log, signals)
         if trainer.step < config.epochs * trainer.steps_per_epoch:

@@ -116,8 +116,8 @@ def test_it_is_written_before_the_first_step_said_and_kept(
     monkeypatch.setattr(Trainer, "train_step", step_and_look)
     train.run(config(out=tmp_path, epochs=6, minutes=1, max_steps=2))
     said = capsys.readouterr().out
-    assert "epochs: 3 (asked for: 6), since a step took 10 s" in said
-    assert "limit train: 20 (asked for: all), since" in said
+    assert "epochs 3 (asked for: 6), limit train 20 (asked for: all), limit test " in said
+    assert " (asked for: all): a step took 10 s: the run asked for would take about" in said
     assert "and --minutes is 1\n" in said
     assert (written["config"]["epochs"], written["config"]["limit_train"]) == (3, 20)
     assert written["train_images"] == 20

@@ -15,7 +15,7 @@ from torch import nn
 
 from fastprune import data, distributed, models, precision, search, train
 from fastprune.data import ImageData
-from fastprune.decisions import Decision, earlier
+from fastprune.decisions import Decision, earlier, lines
 from fastprune.metapruning.settings import RECIPES as SEARCHES
 from fastprune.metapruning.settings import read_config
 from fastprune.recipes import RECIPES, parse
@@ -78,7 +78,7 @@ def test_what_is_measured_wins_where_it_is_clear(
     choice = choose()
     assert choice.precision == chosen
     assert f"{1e3 * fp32:.2f} ms in fp32, {1e3 * bf16:.2f} ms in bf16" in choice.why
-    assert (native or "no bf16 arithmetic in this CPU") in choice.why
+    assert f"this CPU has {native or 'no bf16 arithmetic'}" in choice.why
 
 
 def test_bf16_that_cannot_run_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +180,7 @@ def test_a_run_says_what_it_decided_and_a_resumed_one_keeps_it(
     train.run(config(out=tmp_path, precision="auto", max_steps=2))
     said = capsys.readouterr().out
     assert f"on cpu, in {chosen}\n" in said
-    assert f"precision: {chosen} (asked for: auto), since Conv2d(" in said
+    assert f"precision {chosen} (asked for: auto): Conv2d(" in said
     first = json.loads((tmp_path / "config.json").read_text())
     assert first["precision"] == first["config"]["precision"] == first["decided"]["precision"]["used"] == chosen
     assert first["decided"]["precision"]["asked"] == "auto"
@@ -216,7 +216,7 @@ def test_a_search_decides_once(
     tiny = replace(SEARCHES["quick"], data="embedded", network="resnet20", image_size=8, batch_size=8, device="cpu")
     pretend(monkeypatch, None, 1.0, 0.5)
     search.run(replace(tiny, out=tmp_path, stage="train", max_steps=1, recalibration=8))
-    assert "precision: bf16 (asked for: auto), since Conv2d(" in capsys.readouterr().out
+    assert "precision bf16 (asked for: auto): Conv2d(" in capsys.readouterr().out
     assert read_config(tmp_path).precision == "bf16"
     assert json.loads((tmp_path / "config.json").read_text())["decided"]["precision"]["asked"] == "auto"
 
@@ -251,7 +251,9 @@ def test_a_damaged_record_of_decisions_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert earlier(tmp_path, config()) == []
     assert earlier(None, config()) == []
-    assert str(Decision("limit_train", None, 5, "so")) == "limit train: 5 (asked for: all), since so"
+    decisions = [Decision("epochs", 6, 3, "so"), Decision("limit_train", None, 5, "so"), Decision("x", 1, 2, "thus")]
+    said = ["epochs 3 (asked for: 6), limit train 5 (asked for: all): so", "x 2 (asked for: 1): thus"]
+    assert lines(decisions) == said
 
 
 def test_a_resumed_run_has_its_state(small_data: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
