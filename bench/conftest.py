@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import device as devices
@@ -53,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Have the plugin take time as the device does."""
     item.add_marker(pytest.mark.benchmark(timer=item.config.stash[DEVICE].timer))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None, None, None]:
+    """Forget a row that was interrupted before its first round: the plugin would fail, and write no results at all."""
+    benchmarks = session.config._benchmarksession.benchmarks
+    benchmarks[:] = [benchmark for benchmark in benchmarks if benchmark.stats.data]
+    return (yield)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     """The bench over a tiny network; `--device cuda` is a fake one."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")])
     command = [sys.executable, "-m", "pytest", "bench/", "-q", "--benchmark-only", "-p", "fake_cuda", *arguments]
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([path, os.environ.get("PYTHONPATH", "")])}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
@@ -97,6 +97,31 @@ def test_on_a_gpu(op: str, tmp_path: Path) -> None:
     first = json.loads(json_file.read_text())["benchmarks"][0]
     assert {"bytes", "flops", "gb_per_s", "copy_percent", "tf32_percent", "bf16_percent"} <= set(first["extra_info"])
     assert "timer" in first["options"]["timer"]
+
+
+INTERRUPT = """
+import fake_cuda
+ran, flushed = [], []
+def pytest_runtest_call(item):
+    ran.append(item)
+def flush(device):
+    flushed.extend([1] if len(ran) == 2 else [])
+    if len(flushed) == 2:  # the first is that of the trial call
+        raise KeyboardInterrupt
+fake_cuda.FakeDevice.flush = flush
+"""
+
+
+def test_results_are_written_when_a_row_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first round, where the plugin would fail at it and write nothing."""
+    json_file = tmp_path / "results.json"
+    (tmp_path / "interrupt.py").write_text(INTERRUPT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ran = bench(
+        "--device", "cuda", "-p", "interrupt", f"--benchmark-json={json_file}", "-k", "weight_mask and not compile"
+    )
+    assert ran.returncode == pytest.ExitCode.INTERRUPTED, ran.stdout + ran.stderr
+    assert len(json.loads(json_file.read_text())["benchmarks"]) == 1
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "cpu:0", "cuda:-1", ""])

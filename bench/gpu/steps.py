@@ -11,7 +11,7 @@ from gpu.runner import Step
 
 MINUTES = 8  # what the limits below are for; with more or fewer minutes in all, they grow or shrink alike
 PYTEST = ("-m", "pytest", "-q", "--tb=short")
-SANITIZER = ("--report-api-errors", "no", "--error-exitcode", "3", "--print-limit", "20")
+SANITIZER = ("--error-exitcode", "3", "--print-limit", "20")
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def _steps(place: Place, minute: float) -> list[Step]:
         command += ["-p", "fake_cuda"] if place.fake else []
         return Step(name, about, command, minutes * minute, {}, junit, [results], open_ended)
 
-    def sanitizer(tool: str, about: str, minutes: float) -> Step:
-        sanitized = [] if place.fake else ["compute-sanitizer", "--tool", tool, *SANITIZER]
+    def sanitizer(tool: str, about: str, minutes: float, *options: str) -> Step:
+        sanitized = [] if place.fake else ["compute-sanitizer", "--tool", tool, *options, *SANITIZER]
         command = [*sanitized, python, "-m", "gpu.every_op", *fake]
         # Each tensor in an allocation of its own: what is written beside it is out of bounds.
         return Step(tool, about, command, minutes * minute, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
@@ -103,13 +103,13 @@ def _steps(place: Place, minute: float) -> list[Step]:
     return [
         Step("info", "the machine, and that it is this fastprune's CUDA module", [
             python, "-m", "gpu.machine", *expected, *fake], 1.25 * minute),  # the first import of torch may take long
-        tests("gpu", "each op: values, streams, graphs", 1.25, ["tests/test_gpu.py"], {}),
+        tests("gpu", "each op: values, streams, graphs", 2, ["tests/test_gpu.py"], {}),
         tests("ops-cuda", "the table of cases, by CUDA's kernels", 2, [*table, *parallel, "-k", cuda], one_thread),
         Step("training", "ResNet-56 on CIFAR-10: eager, and forward and backward in a graph", [
             python, "-m", "gpu.training", *training, *images, *fake], 1.5 * minute,
             writes=[out / "training.json"]),
         bench("bench", "every op beside its rivals", 2, "not compile"),
-        sanitizer("memcheck", "every op, out of bounds or misaligned", 1.25),
+        sanitizer("memcheck", "every op, out of bounds or misaligned", 1.25, "--report-api-errors", "no"),
         sanitizer("racecheck", "every op, races in shared memory", 1.25),
         tests("ops-triton", "the table, by Triton's kernels", 1.5, [*table, *parallel, "-k", triton], {
             **one_thread, **interpreted}),
