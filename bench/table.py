@@ -21,7 +21,7 @@ EXPECTED: dict[str, list[tuple[str, str, str, float]]] = {
         ("covariance fwd+bwd", "resnet50", "pytorch", 2.0),
     ],
     "avx2": [
-        ("update_filter_masks_", "resnet50", "original", 20.0),
+        ("update_filter_masks_", "resnet50", "original", 10.0),
         ("update_filter_masks_", "resnet50", "pytorch", 2.0),
         ("covariance fwd+bwd", "resnet56", "pytorch", 2.0),
         ("covariance fwd+bwd", "resnet50", "pytorch", 1.5),
