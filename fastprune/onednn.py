@@ -1,8 +1,7 @@
 """A fault of PyTorch's convolutions on CPUs with AVX2 alone, and the way around it; see docs/known_problems.md.
 
 oneDNN's weight gradient of a narrow strided 1×1 convolution of float32 images in channels_last writes outside of its
-memory. In contiguous format, of
-both its operands, another kernel runs, which does not.
+memory. With both operands in contiguous format another kernel runs, which does not.
 """
 
 import os
