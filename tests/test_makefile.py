@@ -60,7 +60,7 @@ def clone(tmp_path: Path) -> Clone:
 
 
 def test_made_from_nothing_then_used_again(clone: Clone) -> None:
-    tests = "-m pytest -n auto --maxprocesses 8 --dist loadfile"
+    tests = "-m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder --verdicts=check"
     assert clone.make("test", "ARGS=-x") == ["venv", *INSTALL, f"{tests} -x"]
     assert clone.make("test") == [tests]
 

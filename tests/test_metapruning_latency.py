@@ -95,6 +95,7 @@ def test_measuring_takes_longer_for_more_work() -> None:
 def test_tables_are_kept_apart_by_what_they_depend_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastprune.metapruning.latency.measure_ms", lambda module, shape, _: Clock()(module, shape))
     common = ["--recipe", "quick", "--data-root", str(tmp_path), "--max-latency-ms", "5", "--device", "cpu"]
+    common += ["--precision", "fp32"]  # a search has decided what auto is by then
     one = open_table(parse(common), 32, 10)
     other = open_table(parse([*common, "--latency-batch", "2"]), 32, 10)
     assert one.path != other.path
