@@ -22,16 +22,21 @@ def write_program(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
-def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(GATE, tmp_path / ".ci")
-    write_program(tmp_path / ".ci/.venv/bin/python", "#!/bin/sh\necho versions\n")
-    write_program(tmp_path / "programs/make", MAKE)
-    write_program(tmp_path / "programs/nvcc", "#!/bin/sh\n")
-    path = {"PATH": f"{tmp_path / 'programs'}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        [tmp_path / ".ci/run"], env={**os.environ, **path}, capture_output=True, text=True, timeout=50, check=False
+def run(folder: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """The gate in a folder where there is nothing but programs that pretend."""
+    (folder / ".ci").mkdir()
+    shutil.copy(GATE, folder / ".ci")
+    write_program(folder / ".ci/.venv/bin/python", "#!/bin/sh\necho versions\n")
+    write_program(folder / "programs/make", MAKE)
+    write_program(folder / "programs/nvcc", "#!/bin/sh\n")
+    environment = {**os.environ, "PATH": f"{folder / 'programs'}:{os.environ['PATH']}", **environment}
+    return subprocess.run(
+        [folder / ".ci/run"], env=environment, capture_output=True, text=True, timeout=50, check=False
     )
+
+
+def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
+    done = run(tmp_path)
     assert done.returncode == 1, done.stderr
     assert "a comma is missing" in done.stdout
     times = done.stdout.partition("== what took how long\n")[2].splitlines()
@@ -41,3 +46,9 @@ def test_a_step_that_fails_keeps_no_other_from_running(tmp_path: Path) -> None:
     assert sum(line.endswith("lint: FAILED") for line in times) == 1
     assert {"failed: lint", "failed: train for an epoch"} <= set(times)
     assert times[-2:] == ["===== 5 passed in 1.0s =====", "===== 7 passed in 1.5s ====="]
+
+
+def test_the_gate_ends_by_itself_before_it_is_cut_off(tmp_path: Path) -> None:
+    done = run(tmp_path, GATE_MINUTES="0")
+    assert done.returncode == 1
+    assert "\ntest: stopped after 1 s\n" in done.stdout
