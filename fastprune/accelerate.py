@@ -14,7 +14,7 @@ from .nn import MaskedConv2d, mask_convolutions
 def accelerate(
     model: nn.Module, mask_name: str = "mask", classes: Iterable[type[nn.Conv2d]] = ()
 ) -> dict[str, MaskedConv2d]:
-    """Convert the masked convolutions of a network in place, so that one op masks them all.
+    """Convert the masked convolutions of a network in place to fastprune's own.
 
     Taken are convolutions that :mod:`torch.nn.utils.prune` has reparametrised (``weight_orig``, ``weight_mask``), and
     subclasses of ``Conv2d`` in ``classes`` that convolve with ``weight * mask``. The network computes what it did:

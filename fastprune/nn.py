@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ from torch import Tensor, fx, nn
 from . import ops
 from .onednn import safe_operands
 from .ops.checks import same_layout
+from .ops.masked_weights import is_transformed
 
 
 class MaskedConv2d(nn.Conv2d):
@@ -78,10 +78,11 @@ class MaskedWeights:
     """The masked weights of a model's convolutions in static buffers, in each dtype that an optimizer asked for.
 
     The optimizer writes them in its own pass over the weights (:meth:`writing`), so that the next forward masks
-    nothing. A forward that finds a weight or a mask changed since then, by its version counter, renews all of them.
-    The buffers stay where they are in memory: a CUDA graph reads what was written last, in the graph or outside of it.
+    nothing. A layer whose weight or mask has changed since, by its version counter, masks its weight itself until the
+    next step: the buffers may be part of a forward whose backward is still to come, and no forward writes to them.
+    They stay where they are in memory: a CUDA graph reads what was written last, in the graph or outside of it.
 
-    Several threads may call the model at once. Its copies and pickles have no such buffers: they mask in the forward.
+    Copies and pickles of the model have no such buffers: they mask in the forward.
 
     Args:
         layers: the convolutions by name, masked by filter, in the order in which their masks are put together.
@@ -93,7 +94,6 @@ class MaskedWeights:
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         # What the buffers of a dtype were made of, layer by layer.
         self._made_of: dict[torch.dtype, list[tuple[State, State]]] = {}
-        self._lock = threading.RLock()
         for layer in self._layers:
             layer.kept = self
 
@@ -103,26 +103,24 @@ class MaskedWeights:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
+    @property
+    def in_use(self) -> bool:
+        """Whether the layers read them: not when another pruner has masked the model since."""
+        return all(layer.kept is self and layer.mask.dim() == 1 for layer in self._layers)
+
     def of(self, layer: MaskedConv2d) -> Tensor | None:
         """The layer's masked weight in the dtype it computes in now, with the gradient of :func:`masked_weight`.
 
         Returns:
-            A view of the buffer. None where the layer has to mask by itself: in another dtype, in a replica or a
-            functional call (with weights of their own), for a compiler or a tracer, and in a CUDA graph that is being
-            captured after a change, since nothing computed now would be there before the graph runs.
+            A view of the buffer. None where the layer has to mask by itself: after a change, in another dtype, in a
+            replica or a functional call (with weights of their own), for compilers, tracers and function transforms.
         """
         weight, index = layer.weight, self._index.get(layer)
-        if index is None or type(weight) is not nn.Parameter or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if index is None or type(weight) is not nn.Parameter or is_transformed():
             return None
         dtype = _compute_dtype(weight)
-        if dtype not in self._made_of:
+        if dtype not in self._made_of or self._made_of[dtype][index] != _made_of(layer):
             return None
-        if self._made_of[dtype][index] != _made_of(layer):
-            if is_capturing(weight.device):
-                return None
-            with self._lock:
-                if self._made_of[dtype][index] != _made_of(layer):
-                    self._renew(dtype)
         feedback = None if layer.feedback is None else layer.feedback.float()
         return ops.masked_weight(weight, layer.mask, dtype, feedback, self._buffers[dtype][index])
 
@@ -130,25 +128,23 @@ class MaskedWeights:
     def writing(self, dtype: torch.dtype) -> Iterator[list[Tensor]]:
         """Hand out the buffers of a dtype, one for each layer, to be written as by :func:`fastprune.ops.sgd_step_`.
 
-        Within, no other thread renews them. Afterwards they count as made of the weights and masks as they are then.
+        Afterwards they count as made of the weights and masks as they are then.
         """
-        with self._lock:
-            yield self._fitting(dtype)
-            self._made_of[dtype] = [_made_of(layer) for layer in self._layers]
-
-    def renew(self) -> None:
-        """Write all buffers again, where they are: replays of CUDA graphs notice no change of weights or masks."""
-        with self._lock:
-            for dtype in self._made_of:
-                self._renew(dtype)
+        yield self._fitting(dtype)
+        self._made_of[dtype] = [_made_of(layer) for layer in self._layers]
 
     @torch.no_grad()
-    def _renew(self, dtype: torch.dtype) -> None:
-        made_of = [_made_of(layer) for layer in self._layers]
+    def renew(self) -> None:
+        """Write all buffers again, where they are.
+
+        Pruners do it when masks change. After other changes (a checkpoint loaded, say) it is for CUDA graphs, whose
+        replays notice none.
+        """
         weights: list[Tensor] = [layer.weight for layer in self._layers]
-        mask = torch.cat([layer.mask for layer in self._layers])
-        torch._foreach_copy_(self._fitting(dtype), ops.masked_weights(weights, mask, dtype))
-        self._made_of[dtype] = made_of
+        for dtype in list(self._made_of):
+            with self.writing(dtype) as buffers:
+                mask = torch.cat([layer.mask for layer in self._layers])
+                torch._foreach_copy_(buffers, ops.masked_weights(weights, mask, dtype))
 
     def _fitting(self, dtype: torch.dtype) -> list[Tensor]:
         """The buffers: the same ones as before, unless the weights were moved or laid out anew."""

@@ -93,10 +93,14 @@ def safe_operands(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tup
     """Input and weight of a convolution, in contiguous format if its weight gradient would corrupt memory here.
 
     Call it right before ``conv2d``. It returns what it was given, at the price of a comparison, for all other layers,
-    dtypes and devices, where no gradient is wanted, and while torch.fx traces. A compiled forward has what is known
-    when it is compiled: run the model once, or call :func:`is_affected`, before.
+    dtypes and devices, where no gradient is wanted, and while torch.fx or torch.jit traces. A compiled forward has
+    what is known when it is compiled: run the model once, or call :func:`is_affected`, before.
     """
-    if not isinstance(input, Tensor) or not _has_form(tuple(weight.shape[2:]), stride, weight.shape[1]):
+    if (
+        not isinstance(input, Tensor)
+        or torch.jit.is_tracing()
+        or not _has_form(tuple(weight.shape[2:]), stride, weight.shape[1])
+    ):
         return input, weight
     if input.device.type != "cpu" or input.dtype != torch.float32 or weight.dtype != torch.float32:
         return input, weight

@@ -27,8 +27,9 @@ class PrunedSGD(torch.optim.Optimizer):
     parameter's first step under a scaler.
 
     A CUDA graph may capture ``step()`` once a step has been taken outside of it. Replays read ``lr`` on the device:
-    make it a tensor there and change it with ``lr.fill_()``, as PyTorch's schedulers do. The other settings stay as
-    they were captured. Masks may change between replays.
+    make it a tensor there and change it with ``lr.fill_()``, as PyTorch's schedulers do (``load_state_dict`` puts
+    another in its place: capture again). The other settings stay as they were captured. Masks may change between
+    replays; after other changes of weights call ``pruner.masked_weights.renew()``.
 
     Args:
         params: parameters or parameter groups; float32, float64, bfloat16 or float16, each dense in memory.
@@ -91,6 +92,11 @@ class PrunedSGD(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters with settings of their own; the others are the defaults."""
         settings = self.defaults | param_group
+        lr = settings["lr"]
+        if isinstance(lr, Tensor) and (lr.numel() != 1 or lr.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(
+                f"lr must be a number or a tensor of one float32 or float64, got {lr.dtype} of {list(lr.shape)}"
+            )
         for name in ("lr", "momentum", "weight_decay"):
             if not settings[name] >= 0:
                 raise ValueError(f"{name} must be at least 0, got {settings[name]}")
@@ -197,7 +203,7 @@ class PrunedSGD(torch.optim.Optimizer):
 
     def _masked_of(self, layers: list[MaskedConv2d]) -> AbstractContextManager[Sequence[Tensor]]:
         """Within, the tensors that the layers' masked weights are to be written to; none where none are wanted."""
-        if self.pruner is None or self.masked_dtype is None or not layers:
+        if self.pruner is None or self.masked_dtype is None or not layers or not self.pruner.masked_weights.in_use:
             return nullcontext(())
         return self.pruner.masked_weights.writing(self.masked_dtype)
 

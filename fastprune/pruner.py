@@ -300,7 +300,7 @@ class FilterPruner(Pruner):
 
     def _renew(self) -> None:
         """Masked weights that are kept ready are those of the new masks, also for a CUDA graph that only replays."""
-        if self._masked_weights is not None:
+        if self._masked_weights is not None and self._masked_weights.in_use:
             self._masked_weights.renew()
 
     def _update_from_weights(self, rate: float) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,9 @@ class Config:
     def __post_init__(self) -> None:
         if not models.exists(self.model):
             raise ValueError(f"--model must be one of {', '.join(models.NAMES)}; got {self.model!r}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and math.isinf(value):
+                raise ValueError(f"{flag(name)} must be finite, got {value}")
         counts = ("epochs", "batch_size", "accumulate", "prune_every", "max_steps", "limit_train", "limit_test")
         for name in (*counts, "round_to", "image_size", "lr", "minutes"):
             value = getattr(self, name)

@@ -182,10 +182,10 @@ def test_written_masked_weights_serve_autocast(weights_masked: list[int]) -> Non
         with torch.no_grad():
             model[0].weight.mul_(1)  # the same, but who knows
             assert torch.equal(model(images), written)
-        assert weights_masked == [2]  # both, together
+        assert weights_masked == [1]  # that one alone
     optimizer.step()
     model(images)
-    assert weights_masked == [2, 1, 1]  # another dtype than was written
+    assert weights_masked == [1, 1, 1]  # another dtype than was written
 
 
 def test_written_masked_weights_are_not_overwritten_unseen() -> None:
@@ -310,6 +310,23 @@ def test_a_learning_rate_on_the_device_and_its_scheduler() -> None:
     assert optimizer.param_groups[0]["lr"] is lr, "a graph would read this one"
     assert lr < 1e-12
     assert_equal(model, other)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.1, 0.2]), torch.tensor(1), torch.tensor(0.1, dtype=torch.float16)])
+def test_a_learning_rate_that_no_op_takes(lr: Tensor) -> None:
+    with pytest.raises(ValueError, match="lr must be a number or a tensor of one float32 or float64, got torch"):
+        PrunedSGD(layered().parameters(), lr=lr)
+
+
+def test_a_model_that_another_pruner_has_masked_since() -> None:
+    model = layered()
+    pruner = FilterPruner(model, 0.4)
+    optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=pruner, masked_dtype=torch.float64)
+    train(model, optimizer, range(2))
+    WeightPruner(model, 0.5)
+    before = model[0].weight.detach().clone()
+    train(model, optimizer, range(2, 4))
+    assert not torch.equal(model[0].weight, before)
 
 
 def test_with_a_pruner_of_something_else() -> None:

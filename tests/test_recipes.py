@@ -135,6 +135,8 @@ def test_translation_leaves_the_rest_alone() -> None:
         ("--batch-size 4 --accumulate 5", "at most --batch-size 4, got 5"),
         ("--epochs -1", "--epochs must be above 0"),
         ("--minutes 0", "--minutes must be above 0, got 0"),
+        ("--minutes inf", "--minutes must be finite, got inf"),
+        ("--lr inf", "--lr must be finite, got inf"),
         ("--max-steps 0", "--max-steps must be above 0"),
         ("--limit-train 0", "--limit-train must be above 0"),
         ("--prune-rate 1", "--prune-rate must be in [0, 1), got 1"),

@@ -96,12 +96,17 @@ class _MaskedWeight(torch.autograd.Function):
             return _gradients([grad], mask, feedback, ctx.dtype)[0], None, None, None, None
 
 
+def is_transformed() -> bool:
+    """Whether a compiler, a tracer or a function transform (``torch.func``) looks on, which custom functions stop."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._are_functorch_transforms_active())
+
+
 def masked_weight(
     weight: Tensor, mask: Tensor, dtype: torch.dtype, feedback: Tensor | None = None, written: Tensor | None = None
 ) -> Tensor:
     """:func:`masked_weights` of one layer, for that layer's forward: the host gets through it in half the time.
 
-    For compilers and tracers it is the op itself.
+    For compilers, tracers and function transforms it is the op itself.
 
     Args:
         weight, mask, dtype, feedback: as for :func:`masked_weights`, of one layer.
@@ -114,6 +119,6 @@ def masked_weight(
     Raises:
         RuntimeError: as :func:`masked_weights`.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if is_transformed():
         return masked_weights([weight], mask, dtype, feedback)[0]
     return _MaskedWeight.apply(weight, mask, dtype, feedback, written)
