@@ -158,7 +158,7 @@ def _build(description: Any, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     network = fx.GraphModule(parts, _read_graph(nodes, parts), "Network")
     network.graph.lint()
     masked = [path for path, entry in modules.items() if entry[0] == "MaskedConv2d"]
-    if masked:  # all masked weights of a forward are made in one op
+    if masked:
         mask_convolutions(network, ignore=[path for path, entry in modules.items() if entry[0] == "Conv2d"])
     _fill(network, tensors, masked)
     return network.eval()

@@ -257,6 +257,8 @@ def test_orthogonality_of_nothing_and_of_the_identity(implementation: Implementa
 @pytest.mark.parametrize("kind", KINDS)
 def test_empty_list(implementation: Implementation, kind: str) -> None:
     assert ops.decorrelation([], kind) == 0
+    with pytest.raises(RuntimeError, match=r"mask must be a contiguous bool tensor of shape \[0\]"):
+        ops.decorrelation([], kind, mask=torch.ones(3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -96,6 +96,15 @@ def test_empty_list(implementation: Implementation) -> None:
     assert mask.shape == (0,)
     assert mask.dtype == torch.bool
     assert ops.update_filter_masks_([], 0.5, mask) is mask
+    for call in (
+        lambda: ops.filter_norms([], ord=3),
+        lambda: ops.filter_mask([], 0.5, ord=3),
+        lambda: ops.update_filter_masks_([], 0.5, mask, ord=3),
+    ):
+        with pytest.raises(RuntimeError, match=r"ord must be 1 \(mean \|w\|\) or 2 \(mean w\^2\), got 3"):
+            call()
+    with pytest.raises(RuntimeError, match=r"rate must be in \[0, 1\), got 1"):
+        ops.filter_mask([], 1.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

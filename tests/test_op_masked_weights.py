@@ -82,6 +82,8 @@ def test_pruned_filters_are_positive_zero(implementation: Implementation, held: 
 
 def test_empty_list(implementation: Implementation) -> None:
     assert ops.masked_weights([], torch.empty(0, dtype=torch.bool)) == []
+    with pytest.raises(RuntimeError, match=r"mask must be a contiguous bool tensor of shape \[0\]"):
+        ops.masked_weights([], torch.ones(3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("feedback", ["none", "ones", "factors", "zeros"])

@@ -218,6 +218,10 @@ def test_found_inf_leaves_everything_but_what_is_derived(
 def test_empty_list(implementation: Implementation) -> None:
     ops.sgd_step_([], [], [], lr=0.1, momentum=0.9)
     ops.sgd_step_([torch.empty(0)], [torch.empty(0)], lr=0.1)
+    with pytest.raises(RuntimeError, match="grads must have one tensor for each of 0 params, got 1"):
+        ops.sgd_step_([], [torch.ones(3)], lr=0.1)
+    with pytest.raises(RuntimeError, match=r"channel_norms must be a contiguous float32 tensor of shape \[0\]"):
+        ops.sgd_step_([], [], lr=0.1, channel_norms=torch.ones(3))
 
 
 def test_every_tensor_that_is_written_counts_as_changed(registered: Implementation) -> None:

@@ -101,6 +101,8 @@ def test_equal_weights_all_go(implementation: Implementation) -> None:
 def test_one_weight_and_empty_list(implementation: Implementation) -> None:
     assert ops.weight_mask([torch.ones(1, 1)], 0.0)[0].tolist() == [[False]]
     assert ops.weight_mask([], 0.5) == []
+    with pytest.raises(RuntimeError, match="importance l1 takes 0 gradients, got 1"):
+        ops.weight_mask([], 0.5, grads=[torch.ones(1, 1)])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -110,6 +110,7 @@ def decorrelation(
         IJCAI 2018. ``orthogonality``: Bansal, Chen, Wang, "Can We Gain More from Orthogonality Regularizations",
         NeurIPS 2018.
     """
-    if not weights:
+    if not weights:  # of which no dispatcher could tell the device
+        reference.check_decorrelation("decorrelation", weights, kind, mask, precision)
         return torch.zeros(())
     return torch.ops.fastprune.decorrelation(weights, kind, include_diagonal, mask, precision)[0]

@@ -27,6 +27,7 @@ def _fake_threshold(scores: Tensor, k: int) -> Tensor:
 
 def _fake_update(weights: Sequence[Tensor], rate: float, ord: int, mask: Tensor) -> None:
     check_rate("update_filter_masks_", rate)
+    check_ord("update_filter_masks_", ord)
     check_filter_vector("update_filter_masks_", "mask", mask, weights, torch.bool)
 
 
@@ -59,7 +60,10 @@ def filter_norms(weights: Sequence[Tensor], ord: int = 1) -> Tensor:
     Source:
         L1 norms: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017.
     """
-    return torch.ops.fastprune.filter_norms(weights, ord) if weights else torch.empty(0)
+    if not weights:
+        check_ord("filter_norms", ord)
+        return torch.empty(0)
+    return torch.ops.fastprune.filter_norms(weights, ord)
 
 
 @torch.no_grad()
@@ -100,7 +104,11 @@ def filter_mask(weights: Sequence[Tensor], rate: float, ord: int = 1) -> Tensor:
             weights that are not finite without waiting for the device: it then keeps every filter. Where you wait
             anyway, ask ``filter_norms(weights).isfinite().all()``.
     """
-    return torch.ops.fastprune.filter_mask(weights, rate, ord) if weights else torch.empty(0, dtype=torch.bool)
+    if not weights:
+        check_rate("filter_mask", rate)
+        check_ord("filter_mask", ord)
+        return torch.empty(0, dtype=torch.bool)
+    return torch.ops.fastprune.filter_mask(weights, rate, ord)
 
 
 @torch.no_grad()

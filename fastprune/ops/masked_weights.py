@@ -66,9 +66,11 @@ def masked_weights(
     Source:
         Lin et al., "Dynamic Model Pruning with Feedback", ICLR 2020.
     """
+    dtype = dtype or (weights[0].dtype if weights else torch.float32)
     if not weights:
+        reference.check_masked_weights("masked_weights", weights, mask, dtype, feedback)
         return []
-    return torch.ops.fastprune.masked_weights(weights, mask, dtype or weights[0].dtype, feedback)
+    return torch.ops.fastprune.masked_weights(weights, mask, dtype, feedback)
 
 
 class _MaskedWeight(torch.autograd.Function):

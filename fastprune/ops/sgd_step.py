@@ -111,11 +111,11 @@ def sgd_step_(
         Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, in the form of
         :class:`torch.optim.SGD`.
     """
-    if params:
-        # fmt: off
-        torch.ops.fastprune.sgd_step_(
-            params, grads, momenta, _on_device(lr, params[0].device), momentum, dampening, weight_decay,
-            nesterov, maximize, first, grad_scale, found_inf,
-            layers, mask, masked, filter_decay, norms, channel_norms, ord,
-        )
-        # fmt: on
+    device = params[0].device if params else torch.device("cpu")
+    # fmt: off
+    torch.ops.fastprune.sgd_step_(
+        params, grads, momenta, _on_device(lr, device), momentum, dampening, weight_decay,
+        nesterov, maximize, first, grad_scale, found_inf,
+        layers, mask, masked, filter_decay, norms, channel_norms, ord,
+    )
+    # fmt: on

@@ -47,4 +47,7 @@ def weight_mask(
     Source:
         ``|w · g|``: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019.
     """
-    return torch.ops.fastprune.weight_mask(weights, rate, importance, grads) if weights else []
+    if not weights:
+        reference.check_weight_mask(weights, rate, importance, grads)
+        return []
+    return torch.ops.fastprune.weight_mask(weights, rate, importance, grads)

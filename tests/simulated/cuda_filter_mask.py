@@ -57,6 +57,7 @@ def filter_mask(gpu: Gpu, weights: Sequence[Tensor], rate: float, ord: int) -> T
 
 
 def update_filter_masks_(gpu: Gpu, weights: Sequence[Tensor], rate: float, ord: int, mask: Tensor) -> None:
+    checks.check_ord("update_filter_masks_", ord)
     checks.check_filter_vector("update_filter_masks_", "mask", mask, weights, torch.bool)
     if weights:
         mask.copy_(_select(gpu, weights, rate, ord, mask))

@@ -22,6 +22,8 @@ SOURCE = cuda.ROOT / "tests" / "cuda_sgd_step_channels.cpp"
 def sgd_step_(gpu: Gpu, *arguments: Any, **named: Any) -> None:
     step = SgdStep(*arguments, **named)
     step.check()
+    if not step.params:
+        return
     launch_step(gpu, step)
     if step.channel_norms is not None:
         launch_channels(gpu, step, step.channel_norms)

@@ -44,6 +44,7 @@ def update_filter_masks_(weights: Sequence[Tensor], rate: float, ord: int, mask:
     """Write ``filter_mask(weights, rate, ord)`` into ``mask``."""
     check_rate("update_filter_masks_", rate)
     check_weights("update_filter_masks_", weights)
+    check_ord("update_filter_masks_", ord)
     check_filter_vector("update_filter_masks_", "mask", mask, weights, torch.bool)
     if weights:
         mask.copy_(filter_mask(weights, rate, ord))
