@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
 from test_train import assert_same, config, state
 
-from fastprune import budget, checkpoint, data, distributed, report, train
+from fastprune import budget, checkpoint, data, report, train
 from fastprune.data import ImageData
 from fastprune.recipes import RECIPES, parse
 from fastprune.trainer import Trainer
@@ -142,22 +141,3 @@ def test_a_run_that_ends_in_time_is_left_as_it_is(
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["decided"] == {}
     assert (stored["config"]["epochs"], stored["config"]["limit_train"]) == (1, None)
-
-
-def timed_in_one_of_two() -> float:
-    """The clock of the second process goes a thousand times as fast."""
-    if distributed.is_first():
-        return budget.seconds_per_step(Trainer(config(minutes=10), data.embedded(0, train=50, test=20).resize(8)))
-    ticks = iter(range(0, 10**9, 1000))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget.time, "perf_counter", lambda: float(next(ticks)))
-        return budget.seconds_per_step(Trainer(config(minutes=10), data.embedded(0, train=50, test=20).resize(8)))
-
-
-def test_the_first_process_decides(tmp_path: Path) -> None:
-    pair = Processes(tmp_path)
-    try:
-        first, second = pair.run(timed_in_one_of_two)
-    finally:
-        pair.close()
-    assert first == second < 100

@@ -22,7 +22,20 @@ from test_train import assert_same, command, config, state
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastprune import Decorrelation, FilterPruner, WeightPruner, checkpoint, data, distributed, network, report, train
+from fastprune import (
+    Decorrelation,
+    FilterPruner,
+    WeightPruner,
+    budget,
+    checkpoint,
+    data,
+    distributed,
+    models,
+    network,
+    precision,
+    report,
+    train,
+)
 from fastprune.data import DataUnavailableError, ImageData
 from fastprune.optim import PrunedSGD
 from fastprune.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorms
@@ -437,6 +450,38 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     message = r"process 3 .* no GPU of its own \(torch finds 2\)"
     with pytest.raises(distributed.LaunchError, match=message), distributed.joined("cuda"):
         pass
+
+
+def differing_choices() -> tuple[str, str]:
+    """Each process would come to another precision."""
+    rank = distributed.rank()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "native_bf16", lambda device: f"rank {rank}")
+        patch.setattr(precision, "time_both", lambda *_: {"fp32": 1.0, "bf16": [0.5, 8.0][rank]})
+        choice = precision.choose(models.create("resnet20"), (16, 3, 8, 8), torch.channels_last)
+    return choice.precision, choice.why
+
+
+def test_the_first_process_decides_on_the_precision(pair: Processes) -> None:
+    first, second = pair.run(differing_choices)
+    assert first == second
+    assert first[0] == "bf16"
+    assert "rank 0" in first[1]
+
+
+def differing_clocks() -> float:
+    """That of the second process goes a thousand seconds at each look."""
+    trainer = Trainer(config(minutes=10), small_images())
+    ticks = iter(range(0, 10**9, 1000))
+    with pytest.MonkeyPatch.context() as patch:
+        if not distributed.is_first():
+            patch.setattr(budget.time, "perf_counter", lambda: float(next(ticks)))
+        return budget.seconds_per_step(trainer)
+
+
+def test_the_first_process_decides_how_long_a_step_takes(pair: Processes) -> None:
+    first, second = pair.run(differing_clocks)
+    assert first == second < 100
 
 
 # ---- runs ----

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from processes import Processes
 from test_train import assert_same, config, state
 from torch import nn
 
-from fastprune import data, distributed, models, precision, search, train
+from fastprune import data, models, precision, search, train
 from fastprune.data import ImageData
 from fastprune.decisions import Decision, earlier, lines
 from fastprune.metapruning.settings import RECIPES as SEARCHES
@@ -219,29 +218,6 @@ def test_a_search_decides_once(
     assert "precision bf16 (asked for: auto): Conv2d(" in capsys.readouterr().out
     assert read_config(tmp_path).precision == "bf16"
     assert json.loads((tmp_path / "config.json").read_text())["decided"]["precision"]["asked"] == "auto"
-
-
-# ---- several processes ----
-
-
-def differing_choice() -> tuple[str, str]:
-    """Each process would come to another decision."""
-    rank = distributed.rank()
-    with pytest.MonkeyPatch.context() as patch:
-        pretend(patch, f"rank {rank}", 1.0, [0.5, 8.0][rank])
-        choice = choose()
-    return choice.precision, choice.why
-
-
-def test_the_first_process_decides(tmp_path: Path) -> None:
-    pair = Processes(tmp_path)
-    try:
-        first, second = pair.run(differing_choice)
-    finally:
-        pair.close()
-    assert first == second
-    assert first[0] == "bf16"
-    assert "rank 0" in first[1]
 
 
 def test_a_damaged_record_of_decisions_is_told(tmp_path: Path) -> None:
