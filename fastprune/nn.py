@@ -29,6 +29,8 @@ class MaskedConv2d(nn.Conv2d):
             forward masks the weight. Copies of the module have None.
     """
 
+    calls_safe_operands = True  # see onednn.protect
+
     mask: Tensor
     feedback: Tensor | None
     kept: MaskedWeights | None = None

@@ -1,14 +1,18 @@
 """A fault of PyTorch's convolutions on CPUs with AVX2 alone, and the way around it; see docs/known_problems.md.
 
 oneDNN's weight gradient of a narrow strided 1×1 convolution of float32 images in channels_last writes outside of its
-memory. With both operands in contiguous format another kernel runs, which does not.
+memory, and so does that of a transposed one with few output channels. With both operands in contiguous format another
+kernel runs, which does not.
 """
+
+from __future__ import annotations
 
 import os
 import subprocess
 import sys
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +38,20 @@ def _has_form(kernel: tuple[int, ...], stride: tuple[int, ...], channels: int) -
     return channels < _NARROW and all(size == 1 for size in kernel) and any(step > 1 for step in stride)
 
 
-def at_risk(model: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions of a model that have the form: 1×1, a stride above 1, fewer than 8 channels in a group."""
+def at_risk(model: nn.Module) -> dict[str, nn.Conv2d | nn.ConvTranspose2d]:
+    """The convolutions of a model that have the form: 1×1, a stride above 1, fewer than 8 channels in a group.
+
+    These are the input's; of a transposed convolution, the output's.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and _has_form(module.kernel_size, module.stride, module.in_channels // module.groups)
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
+        and _has_form(
+            module.kernel_size,
+            module.stride,
+            (module.out_channels if module.transposed else module.in_channels) // module.groups,
+        )
     }
 
 
@@ -50,6 +61,9 @@ def may_be_affected() -> bool:
         return False
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
     return limit.startswith("AVX2") or (not torch.cpu._is_avx512_supported() and limit not in ("SSE41", "AVX"))
+
+
+_MAY_BE_AFFECTED = may_be_affected()  # a forward that is compiled can ask for nothing
 
 
 def is_affected() -> bool:
@@ -71,17 +85,19 @@ def _probe() -> bool:
     if known in (f"{torch.__version__}: safe", f"{torch.__version__}: faulty"):
         return known.endswith("faulty")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_CHECK_": "3"}
+    command = [sys.executable or "python3", "-c", _PROBE]
     try:
-        child = subprocess.run([sys.executable, "-c", _PROBE], env=environment, capture_output=True, timeout=60)
-        outcome = {0: "safe"}.get(child.returncode, "faulty")
-        reason = f"a child process that trained one ended with status {child.returncode}"
+        status = subprocess.run(command, env=environment, capture_output=True, timeout=60).returncode
+        reason = f"a child process that trained one ended with status {status}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        outcome, reason = "faulty", f"a child process to try it did not end: {error}"
-    if outcome == "faulty":
+        status, reason = 1, f"a child process to try it: {error}"
+    outcome = "faulty" if status else "safe"
+    if status:
+        corrupts = "corrupts" if status < 0 else "may corrupt"  # by a signal, or it could not be tried
         warnings.warn(
-            f"PyTorch {torch.__version__} corrupts memory on this CPU in the weight gradient of 1×1 convolutions with "
-            f"a stride and fewer than {_NARROW} input channels, float32, channels_last ({reason}). fastprune computes "
-            f"such layers in contiguous format; see docs/known_problems.md",
+            f"PyTorch {torch.__version__} {corrupts} memory on this CPU in the weight gradient of 1×1 convolutions "
+            f"with a stride and fewer than {_NARROW} input channels, float32, channels_last ({reason}). fastprune "
+            f"computes such layers in contiguous format; see docs/known_problems.md",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -93,8 +109,8 @@ def safe_operands(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tup
     """Input and weight of a convolution, in contiguous format if its weight gradient would corrupt memory here.
 
     Call it right before ``conv2d``. It returns what it was given, at the price of a comparison, for all other layers,
-    dtypes and devices, where no gradient is wanted, and while torch.fx or torch.jit traces. A compiled forward has
-    what is known when it is compiled: run the model once, or call :func:`is_affected`, before.
+    dtypes and devices, where no gradient is wanted, and while torch.fx or torch.jit traces. Nothing is tried while a
+    forward is compiled: where nothing is known by then, a CPU that may be affected counts as affected.
     """
     if (
         not isinstance(input, Tensor)
@@ -105,7 +121,8 @@ def safe_operands(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tup
     if input.device.type != "cpu" or input.dtype != torch.float32 or weight.dtype != torch.float32:
         return input, weight
     if torch.compiler.is_compiling():
-        return (_plain(input), _plain(weight)) if _affected else (input, weight)
+        affected = _MAY_BE_AFFECTED if _affected is None else _affected
+        return (_plain(input), _plain(weight)) if affected else (input, weight)
     if not (torch.is_grad_enabled() and weight.requires_grad) or torch.is_autocast_enabled("cpu"):
         return input, weight
     if (_is_plain(input) and _is_plain(weight)) or not is_affected():
@@ -115,8 +132,12 @@ def safe_operands(input: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tup
 
 def _is_plain(tensor: Tensor) -> bool:
     # By its strides, as PyTorch does: a tensor with one channel or pixel is contiguous in both formats.
-    _, channels, height, width = tensor.shape
-    return tensor.stride() == (channels * height * width, height * width, width, 1)
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride())):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -133,22 +154,36 @@ def protect(model: nn.Module) -> list[str]:
     """Let the layers of a model that are at risk here compute in contiguous format when it is trained on a CPU.
 
     Args:
-        model: edited in place, if this machine is affected: the weights of its layers at risk become
-            contiguous, and so do their inputs, by a forward pre-hook. Move it to channels_last before.
+        model: edited in place, if this machine is affected: a forward pre-hook makes the weights and inputs of its
+            layers at risk contiguous. (Of a layer whose forward uses others than its weight and its input, it cannot.)
 
     Returns:
         The names of these layers.
     """
     names = unsafe_layers(model)
-    for layer in map(model.get_submodule, names):
-        assert isinstance(layer, nn.Conv2d)
-        if type(layer).forward is nn.Conv2d.forward:  # masked layers do it themselves
-            layer.weight.data = _plain(layer.weight.data)
-            if _contiguous_input not in layer._forward_pre_hooks.values():
-                layer.register_forward_pre_hook(_contiguous_input)
+    layers = at_risk(model)
+    for layer in (layers[name] for name in names):
+        if getattr(layer, "calls_safe_operands", False):
+            continue
+        _lay_out(layer.weight)
+        if _contiguous_operands not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_contiguous_operands, with_kwargs=True)
     return names
 
 
-def _contiguous_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    assert isinstance(layer, nn.Conv2d)
-    return (safe_operands(inputs[0], layer.weight, layer.stride)[0], *inputs[1:])
+def _lay_out(weight: Tensor) -> None:
+    if not _is_plain(weight):
+        weight.data = _plain(weight.data)
+
+
+def _contiguous_operands(
+    layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    assert isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+    image = arguments[0] if arguments else named["input"]
+    safe, weight = safe_operands(image, layer.weight, layer.stride)
+    if weight is not layer.weight and not torch.compiler.is_compiling():
+        _lay_out(layer.weight)  # the model was moved to channels_last, or loaded, since
+    if safe is image:
+        return arguments, named
+    return ((safe, *arguments[1:]), named) if arguments else (arguments, {**named, "input": safe})

@@ -44,8 +44,8 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         seen.append(x.is_contiguous())
         return x[:, :1] * weight.sum()
 
-    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
-    monkeypatch.setattr(nn.modules.conv.F, "conv2d", conv2d)
+    for name in ("conv2d", "conv_transpose2d"):
+        monkeypatch.setattr(torch.nn.functional, name, conv2d)
     return seen
 
 
@@ -90,6 +90,59 @@ def test_protect_reaches_ordinary_layers(affected: bool, formats: list[bool]) ->
     assert len(model[0]._forward_pre_hooks) == affected
     model(_images())
     assert formats == [affected]
+
+
+class Subclass(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, self.weight, None, self.stride)
+
+
+@pytest.mark.parametrize(
+    "layer", [Subclass(3, 6, 1, 2), nn.ConvTranspose2d(6, 3, 1, 2)], ids=["subclass", "transposed"]
+)
+def test_protect_reaches_what_convolves_like_them(affected: bool, formats: list[bool], layer: nn.Module) -> None:
+    model = nn.Sequential(layer)
+    assert onednn.protect(model) == (["0"] if affected else [])
+    model(_images(layer.in_channels))
+    assert formats == [affected]
+    assert onednn.protect(nn.Sequential(nn.ConvTranspose2d(3, 8, 1, 2))) == []
+
+
+def test_what_changes_the_format_after_protect_is_undone(affected: bool, formats: list[bool]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1, 2))
+    onednn.protect(model)
+    model.to(memory_format=torch.channels_last)
+    values = model[0].weight.detach().clone()
+    model[0](input=_images())
+    assert formats == [affected]
+    assert (model[0].weight.stride() == (3, 1, 1, 1)) == affected
+    assert torch.equal(model[0].weight, values)
+
+
+def test_one_image_without_a_batch_passes(affected: bool) -> None:
+    layer = nn.Conv2d(3, 6, 1, 2)
+    image = torch.randn(3, 8, 8)
+    want = layer(image)
+    model = nn.Sequential(layer)
+    onednn.protect(model)
+    assert torch.equal(model(image), want)
+    fastprune.FilterPruner(model, rate=0.0)
+    assert torch.equal(model(image), want)
+    model(image.unsqueeze(0).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)[0]).sum().backward()
+
+
+@pytest.mark.parametrize("may_be", [False, True])
+def test_where_nothing_is_known_a_compiled_forward_is_safe(
+    monkeypatch: pytest.MonkeyPatch, formats: list[bool], may_be: bool
+) -> None:
+    monkeypatch.setattr(onednn, "_affected", None)
+    monkeypatch.setattr(onednn, "_MAY_BE_AFFECTED", may_be)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1, 2))
+    fastprune.FilterPruner(model, rate=0.5)
+    model(_images())
+    assert formats == [may_be]
+    assert onednn._affected is None
 
 
 def test_masked_layers_are_safe(affected: bool, formats: list[bool]) -> None:
@@ -145,7 +198,8 @@ def test_the_probe_is_said(monkeypatch: pytest.MonkeyPatch, status: int, faulty:
     monkeypatch.setenv("FASTPRUNE_NARROW_CONVOLUTIONS", "of another version")
     probe = onednn._probe.__wrapped__
     if faulty:
-        with pytest.warns(RuntimeWarning, match=f"1×1.*status {status}"):
+        verb = "corrupts" if status < 0 else "may corrupt"
+        with pytest.warns(RuntimeWarning, match=f"{verb} memory.*1×1.*status {status}"):
             assert probe()
     else:
         assert not probe()
