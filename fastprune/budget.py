@@ -23,6 +23,7 @@ _SHARE = 0.75  # of the minutes, for epochs
 _PATIENCE = 0.05  # of the minutes, for timing steps
 _WARM_UP, _TIMED = 2, 4  # steps; new masks are due every few of them
 _LEAST_EPOCHS = 3  # with fewer the masks hardly change; then images are left out
+_LEAST_TESTED = 100  # images; an accuracy of fewer says little
 _TESTED = 0.4  # of what it takes to train on an image, it takes to test one
 
 
@@ -41,13 +42,14 @@ def seconds_per_step(trainer: Trainer) -> float:
         seconds, started = [*seconds, now - started], now
         if distributed.from_first(len(seconds) > 1 and sum(seconds) > patience):
             break
-    return float(distributed.from_first(fmean(seconds[_WARM_UP:] or seconds[-1:])))
+    return float(distributed.from_first(fmean(seconds[_WARM_UP:] or [min(seconds)])))
 
 
 def fitted(config: Config, train: int, test: int, seconds: float) -> tuple[Config, list[Decision]]:
     """Return the configuration of a run that ends in time, and what it decided for that.
 
-    Fewer epochs come first; of the fewest, fewer images. At least a batch of them is left.
+    Fewer epochs come first; of the fewest, fewer images. At least as many batches of them are left as it takes to make
+    new masks, if the run makes any; a run that does not end in time with so few is told so.
 
     Args:
         config: with ``minutes``.
@@ -68,13 +70,19 @@ def fitted(config: Config, train: int, test: int, seconds: float) -> tuple[Confi
     share = min(1.0, allowed / (epochs * whole))
     changes: dict[str, Any] = {"epochs": epochs}
     if share < 1:
-        changes["limit_train"] = max(int(share * train), min(config.batch_size, train))
-        changes["limit_test"] = max(int(share * test), 1)
+        batches = config.prune_every if config.prunes else 1
+        limits = {
+            "limit_train": (max(int(share * train), batches * config.batch_size), train),
+            "limit_test": (max(int(share * test), _LEAST_TESTED), test),
+        }
+        changes |= {name: limit for name, (limit, count) in limits.items() if limit < count}
     fewer = dataclasses.replace(config, **changes)
     left = needed(epochs, changes.get("limit_train", train), changes.get("limit_test", test))
     why = (
         f"a step took {seconds:.2g} s: the run asked for would take about {duration(config.epochs * whole)}, "
-        f"this one about {duration(left)}, and --minutes is {config.minutes:g}"
+        f"this one about {duration(left)}, and --minutes is {config.minutes:g} (--minutes None for no limit)"
     )
+    if left > 60 * config.minutes:
+        why += "; there is no shorter one"
     asked = ((field, getattr(config, field), used) for field, used in changes.items())
     return fewer, [Decision(field, was, used, why) for field, was, used in asked if was != used]

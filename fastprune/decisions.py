@@ -10,9 +10,10 @@ from typing import Any
 
 from .checkpoint import CheckpointError
 
-__all__ = ["Decision", "earlier", "lines", "stored"]
+__all__ = ["Decision", "earlier", "lines", "merged", "stored"]
 
 KEY = "decided"
+STORED = ("field", "asked", "used", "why")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Decision:
     asked: Any
     used: Any
     why: str
+    earlier: bool = False  # when the run began; this is a later start of it
 
     def __str__(self) -> str:
         asked = "all" if self.asked is None else self.asked
@@ -33,13 +35,15 @@ def lines(decisions: Iterable[Decision]) -> list[str]:
     """Return decisions for people, those of one reason in one line."""
     by_reason: dict[str, list[str]] = {}
     for decision in decisions:
-        by_reason.setdefault(decision.why, []).append(str(decision))
+        why = f"decided when the run began: {decision.why}" if decision.earlier else decision.why
+        by_reason.setdefault(why, []).append(str(decision))
     return [f"{', '.join(said)}: {why}" for why, said in by_reason.items()]
 
 
 def stored(decisions: Iterable[Decision]) -> dict[str, Any]:
     """Return decisions as config.json has them, under ``decided``."""
-    return {KEY: {decision.field: asdict(decision) for decision in decisions}}
+    entries = {decision.field: asdict(decision) for decision in decisions}
+    return {KEY: {field: {name: entry[name] for name in STORED} for field, entry in entries.items()}}
 
 
 def earlier(run: Path | None, config: Any) -> list[Decision]:
@@ -53,7 +57,12 @@ def earlier(run: Path | None, config: Any) -> list[Decision]:
     path = run / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8")).get(KEY, {})
-        decisions = [Decision(**value) for value in values.values()]
+        decisions = [Decision(**value, earlier=True) for value in values.values()]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a run's configuration: {error}") from error
     return [decision for decision in decisions if getattr(config, decision.field, None) == decision.used]
+
+
+def merged(fresh: Iterable[Decision], before: Iterable[Decision]) -> list[Decision]:
+    """Return the decisions of both, the fresh one of each field."""
+    return list({decision.field: decision for decision in (*before, *fresh)}.values())

@@ -78,7 +78,7 @@ def run(config: SearchConfig) -> dict[str, Any]:
     images = images.subset(config.limit_train, config.limit_test)
     print(images.source)
     config, fresh = with_precision(config, images)
-    decided = fresh or decisions.earlier(config.resume, config)
+    decided = decisions.merged(fresh, decisions.earlier(config.resume, config))
     for line in decisions.lines(decided):
         print(line)
     space = make_space(config, images)

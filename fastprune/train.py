@@ -19,7 +19,7 @@ from .checkpoint import write_atomically
 from .data import ImageData
 from .decisions import Decision
 from .outcome import format_small, small_figures
-from .recipes import Config, parse
+from .recipes import Config, parse, read_config
 from .runlog import Progress, RunLog, duration, write_json
 from .trainer import Trainer, TrainingError
 
@@ -83,12 +83,13 @@ def run(config: Config) -> dict[str, Any]:
         DataError, CheckpointError, OSError: for files that cannot be used.
     """
     with distributed.first_prints():
-        images = load_data(config)
-        print(images.source)
+        whole = load_data(config)
         try:
-            trainer, decided = prepare(config, images)
+            trainer, decided = prepare(config, whole)
         except TrainingError as error:
             raise distributed.agreed(error) from error
+        del whole  # the trainer has what it uses of it
+        print(trainer.images.source)
         config = trainer.config
         described = describe(trainer) | decisions.stored(decided)
         with distributed.together():
@@ -109,7 +110,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def load_data(config: Config) -> ImageData:
-    """The images of a run, in each process; one on each machine downloads them."""
+    """The images that a run is to use, all or some, in each process; one on each machine downloads them."""
     with distributed.together():
         continued = config.resume is not None and config.resume.resolve() == config.out.resolve()
         if not continued and (config.out / CHECKPOINT).exists():
@@ -118,7 +119,6 @@ def load_data(config: Config) -> ImageData:
             )
     with distributed.together(), distributed.first_on_each_machine():
         images = data.load(config.data, root=config.data_root, image_size=config.image_size, seed=config.seed)
-        images = images.subset(config.limit_train, config.limit_test)
     settings = {name: json.dumps(value).encode() for name, value in config.to_json().items()}
     distributed.verify_same(settings, "the settings are not the same:")
     labels = {"training": images.train_labels, "test": images.test_labels}
@@ -128,18 +128,22 @@ def load_data(config: Config) -> ImageData:
     return images
 
 
-def prepare(config: Config, images: ImageData) -> tuple[Trainer, list[Decision]]:
-    """Return the trainer of a run, and what was decided for it, where resumed as it was then.
+def prepare(config: Config, whole: ImageData) -> tuple[Trainer, list[Decision]]:
+    """Return the trainer of a run, and what was decided for it, now or when the run that goes on began.
 
     The steps that are taken to see how long they take are another trainer's, so that they leave nothing behind.
 
     Raises:
         TrainingError: if the run cannot start.
     """
-    trainer = Trainer(config, images)
     if config.resume is not None:
         with distributed.together():
-            return trainer, trainer.decided or decisions.earlier(config.resume, trainer.config)
+            before = decisions.earlier(config.resume, config)
+            _check_minutes(config, config.resume)
+        trainer = Trainer(config, whole.subset(config.limit_train, config.limit_test))
+        return trainer, decisions.merged(trainer.decided, before)
+    images = whole.subset(config.limit_train, config.limit_test)
+    trainer = Trainer(config, images)
     decided = trainer.decided
     if config.minutes is None:
         return trainer, decided
@@ -147,9 +151,16 @@ def prepare(config: Config, images: ImageData) -> tuple[Trainer, list[Decision]]
         seconds = budget.seconds_per_step(trainer)
     fewer, left_out = budget.fitted(trainer.config, len(images.train_labels), len(images.test_labels), seconds)
     del trainer
-    if (fewer.limit_train, fewer.limit_test) != (config.limit_train, config.limit_test):
-        images = load_data(fewer)
-    return Trainer(fewer, images), [*decided, *left_out]
+    return Trainer(fewer, whole.subset(fewer.limit_train, fewer.limit_test)), [*decided, *left_out]
+
+
+def _check_minutes(config: Config, run: Path) -> None:
+    minutes = read_config(run).minutes
+    if config.minutes not in (minutes, None):
+        raise TrainingError(
+            f"--minutes {config.minutes:g} is for a fresh run: the one in {run} keeps the length that it has; leave "
+            f"--minutes out, or name --epochs"
+        )
 
 
 def finish(trainer: Trainer, described: dict[str, Any], log: RunLog) -> dict[str, Any]:

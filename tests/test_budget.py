@@ -47,7 +47,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
         (1.0, 4, None, None),
         (1.4, 3, 9740, 2435),  # 2.9 epochs: three, of a few images less
         (13.6, 3, 1002, 250),
-        (1e5, 3, 100, 1),  # there is no run that ends in time: the least
+        (1e5, 3, 200, 100),  # there is no run that ends in time: the least that makes new masks
     ],
 )
 def test_fewer_epochs_then_fewer_images(
@@ -59,6 +59,7 @@ def test_fewer_epochs_then_fewer_images(
     used = {decision.field: decision.used for decision in decided}
     changed = {"epochs": fewer.epochs, "limit_train": fewer.limit_train, "limit_test": fewer.limit_test}
     assert used == {name: value for name, value in changed.items() if value != getattr(asked, name)}
+    assert all("; there is no shorter one" in decision.why for decision in decided) == (seconds == 1e5 or not decided)
     if seconds < 1e5:
         spent = fewer.epochs * seconds / 100 * ((fewer.limit_train or 10_000) + 0.4 * (fewer.limit_test or 2_500))
         assert spent <= 450
@@ -115,11 +116,10 @@ def test_it_is_written_before_the_first_step_said_and_kept(
     monkeypatch.setattr(Trainer, "train_step", step_and_look)
     train.run(config(out=tmp_path, epochs=6, minutes=1, max_steps=2))
     said = capsys.readouterr().out
-    assert "epochs 3 (asked for: 6), limit train 20 (asked for: all), limit test " in said
-    assert " (asked for: all): a step took 10 s: the run asked for would take about" in said
-    assert "and --minutes is 1\n" in said
-    assert (written["config"]["epochs"], written["config"]["limit_train"]) == (3, 20)
-    assert written["train_images"] == 20
+    assert "epochs 3 (asked for: 6), limit train 32 (asked for: all): a step took 10 s: the run asked for" in said
+    assert "and --minutes is 1 (--minutes None for no limit)" in said
+    assert (written["config"]["epochs"], written["config"]["limit_train"]) == (3, 32)
+    assert written["train_images"] == 32
     assert written["decided"]["epochs"]["asked"] == 6
 
     def refuse(trainer: Trainer) -> float:
@@ -128,6 +128,7 @@ def test_it_is_written_before_the_first_step_said_and_kept(
     monkeypatch.setattr(budget, "seconds_per_step", refuse)
     assert train.main(["--resume", str(tmp_path)]) == 0
     assert checkpoint.load(tmp_path / train.CHECKPOINT)["step"] == 3 * 2
+    assert "(asked for: all): decided when the run began: a step took 10 s" in capsys.readouterr().out
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["decided"] == written["decided"]
     assert stored["config"]["minutes"] == 1
@@ -141,3 +142,37 @@ def test_a_run_that_ends_in_time_is_left_as_it_is(
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["decided"] == {}
     assert (stored["config"]["epochs"], stored["config"]["limit_train"]) == (1, None)
+
+
+def test_the_data_is_loaded_once(
+    images: ImageData, small_data: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The images that are left are those that a run with these limits would have."""
+    loaded = []
+    monkeypatch.setattr(data, "load", lambda *_, **__: loaded.append(1) or images)
+    pretend(monkeypatch, 10.0)
+    shortened, _ = train.prepare(made := config(out=tmp_path, epochs=6, minutes=1), train.load_data(made))
+    limits = shortened.config.limit_train, shortened.config.limit_test
+    assert limits[0] < 50
+    assert len(loaded) == 1
+    assert torch.equal(shortened.images.train_images, images.subset(*limits).train_images)
+
+
+def test_minutes_for_a_resumed_run_are_refused(
+    small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.run(config(out=tmp_path, max_steps=1))
+    assert train.main(["--resume", str(tmp_path), "--minutes", "5"]) == 1
+    assert "--minutes 5 is for a fresh run" in capsys.readouterr().err
+    assert train.main(["--resume", str(tmp_path), "--minutes", "None", "--max-steps", "2"]) == 0
+
+
+def test_another_precision_for_a_resumed_run_keeps_the_other_decisions(
+    small_data: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend(monkeypatch, 10.0)
+    train.run(config(out=tmp_path, epochs=6, minutes=1, max_steps=1))
+    train.main(["--resume", str(tmp_path), "--precision", "auto", "--max-steps", "2"])
+    decided = json.loads((tmp_path / "config.json").read_text())["decided"]
+    assert set(decided) == {"epochs", "limit_train", "precision"}
+    assert all(set(entry) == {"field", "asked", "used", "why"} for entry in decided.values())
