@@ -17,7 +17,7 @@ from fastprune import data
 from fastprune.recipes import RECIPES, Config
 from fastprune.trainer import Trainer
 
-IMAGES = 32  # of a step: emulated bfloat16 takes seconds for it
+IMAGES = {"cpu": 32, "cuda": 1024}  # of a step: emulated bfloat16 takes seconds for it; a GPU is to be full
 ROUNDS = 5
 
 
@@ -29,10 +29,11 @@ class Network:
 
 def step_in(precision: str, device: Device) -> tuple[str, Callable[[], Any]]:
     """The precision that it comes to, and a step in it, on the same images every time."""
-    settings = {**vars(RECIPES["quick"]), "precision": precision, "device": device.name.type, "batch_size": IMAGES}
-    trainer = Trainer(Config(**settings), data.embedded(0, train=IMAGES, test=10))
+    images = IMAGES[device.name.type]
+    settings = {**vars(RECIPES["quick"]), "precision": precision, "device": device.name.type, "batch_size": images}
+    trainer = Trainer(Config(**settings), data.embedded(0, train=images, test=10))
     trainer.model.train()
-    step = functools.partial(trainer.train_step, torch.arange(IMAGES, device=device.name))
+    step = functools.partial(trainer.train_step, torch.arange(images, device=device.name))
 
     def again() -> None:
         trainer.step = 0  # the schedule has an end

@@ -1,12 +1,14 @@
 """The ops' launchers on every GPU: values, streams, the device guard and CUDA graphs, for each implementation.
 
 Where there is no GPU the same runs on the CPU, with a fake of what is CUDA's (fake_cuda.py): that tests these tests.
+FASTPRUNE_NEEDS_GPU=1 makes it an error.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
@@ -24,6 +26,8 @@ from torch.utils._pytree import tree_leaves
 from fastprune import ops
 
 GPUS = [CudaDevice(torch.device("cuda", index)) for index in range(torch.cuda.device_count())]
+if not GPUS and os.environ.get("FASTPRUNE_NEEDS_GPU") == "1":
+    raise RuntimeError(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU")
 DEVICES = GPUS or [FakeDevice()]
 SHAPES = [(40, 16, 3, 3), (24, 40), (9, 5, 3, 1), (16, 3, 7, 7)]
 RATE = 0.6

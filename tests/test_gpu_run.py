@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import signal
@@ -13,8 +14,12 @@ from pathlib import Path
 
 import pytest
 import test_gpu
-from gpu import run, runner, sources, steps
+from fake_cuda import FakeDevice
+from gpu import every_op, run, runner, sources, steps, training
 from gpu.runner import Report, Step
+
+from fastprune import data
+from fastprune.recipes import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 JUNIT = '<testsuites><testsuite tests="{}" failures="{}" errors="0" skipped="1"/></testsuites>'
@@ -34,6 +39,24 @@ def rows(report: str) -> list[tuple[str, str]]:
     """The steps of the report's table, and their results."""
     cells = [line.split(" | ") for line in report.splitlines() if line.startswith("| ")]
     return [(row[0].removeprefix("| "), row[1]) for row in cells[1:]]
+
+
+@pytest.mark.parametrize("odd", ["<testsuite tests='many'/>", "no XML", ""])
+def test_odd_results_stop_nothing(tmp_path: Path, odd: str) -> None:
+    junit = tmp_path / "tests.xml"
+    code = f"open({str(junit)!r}, 'w').write({odd!r}); print('```')"
+    planned = [python("tests", code, junit=junit), python("bench", "print(1)")]
+    status, text = run_all(tmp_path, planned)
+    assert status == 0
+    assert rows(text) == [("tests", "ok"), ("bench", "ok")]
+
+
+def test_a_folder_in_the_place_of_results_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "tests.xml").mkdir()
+    planned = [python("tests", "print(1)", junit=tmp_path / "tests.xml"), python("bench", "print(1)")]
+    status, text = run_all(tmp_path, planned)
+    assert status == 1
+    assert rows(text) == [("tests", "FAILED (127)"), ("bench", "ok")]
 
 
 def is_there(process: int) -> bool:
@@ -56,7 +79,7 @@ def test_the_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert rows(text) == [("machine", "FAILED (127)"), ("tests", "FAILED (3)"), ("bench", "ok")]
     assert "No such file or directory: 'no-such-program'" in text
     assert "FAILED a test\nwarned\n" in text or "warned\nFAILED a test\n" in text
-    assert text.endswith("```\n(498 lines left out; the log has them)\n498\n499\n12.5 % copy\n```\n")
+    assert text.endswith("````\n(498 lines left out; the log has them)\n498\n499\n12.5 % copy\n````\n")
     assert "\n497\n" in (tmp_path / "out" / "log.txt").read_text()
     printed = capfd.readouterr().out
     assert "12.5 % copy" in printed
@@ -214,12 +237,60 @@ def test_every_step_runs_on_the_fake_device(tmp_path: Path) -> None:
 
 
 def test_every_op_is_called_on_the_fake_device(tmp_path: Path) -> None:
-    step = next(step for step in steps.planned(place(tmp_path, fake=True), minutes=8) if step.name == "memcheck")
-    environment = {**os.environ, **place(tmp_path).environment(), **step.environment}
+    fake = place(tmp_path, fake=True)
+    step = next(step for step in steps.planned(fake, minutes=8) if step.name == "memcheck")
+    environment = {**os.environ, **fake.environment(), **step.environment}
     ran = subprocess.run(step.command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert all(f"{name} " in ran.stdout for name in test_gpu.CALLS)
     assert "channels-last: ok" in ran.stdout
+
+
+def test_an_op_that_fails_keeps_no_other_from_being_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("no kernel image")
+
+    names = list(test_gpu.CALLS)
+    monkeypatch.setitem(test_gpu.CALLS, names[1], (test_gpu.CALLS[names[1]][0], fail))
+    monkeypatch.setattr(sys, "argv", ["every_op", "--fake"])
+    assert every_op.main() == 1
+    said = capsys.readouterr().out
+    assert f"{names[1]} " in said
+    assert "FAILED: RuntimeError: no kernel image" in said
+    assert f"{names[-1]} " in said
+    monkeypatch.setattr(every_op, "answers", lambda device: False)
+    assert every_op.main() == 1
+    assert f"{names[-1]} " not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", ["eager", "captured"])
+def test_what_was_measured_is_written_though_the_other_way_fails(
+    failing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    figures = [{"images_per_s": 1.0, "loss": 2.0, "top1": 3.0}]
+    monkeypatch.setattr(training, "eager", lambda trainer: figures)
+    monkeypatch.setattr(training, "captured", lambda trainer, device: [{**figures[0], "loss": 2.2}])
+    config = Config(model="resnet20", precision="fp32", device="cpu", batch_size=8)
+    arguments = config, data.embedded(0, train=10, test=10), FakeDevice(), tmp_path / "training.json"
+    assert "do not agree: 2.0000 eager, 2.2000 in a graph" in training.measure(*arguments)
+    monkeypatch.setattr(training, failing, fail)
+    assert training.measure(*arguments).endswith("RuntimeError: operation not permitted when stream is capturing")
+    written = json.loads((tmp_path / "training.json").read_text())
+    assert {"eager", "graph"} & set(written) == ({"eager"} if failing == "captured" else set())
+
+
+def test_without_a_gpu_nothing_passes_for_tested(tmp_path: Path) -> None:
+    step = next(step for step in steps.planned(place(tmp_path), minutes=8) if step.name == "gpu")
+    environment = {**os.environ, **place(tmp_path).environment(), "CUDA_VISIBLE_DEVICES": ""}
+    ran = subprocess.run([*step.command, "--co"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode != 0
+    assert "sees no GPU" in ran.stdout
+    assert place(tmp_path, fake=True).environment()["FASTPRUNE_NEEDS_GPU"] == "0"
 
 
 def test_a_fastprune_from_elsewhere_is_a_problem(tmp_path: Path) -> None:

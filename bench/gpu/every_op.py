@@ -27,6 +27,8 @@ def main() -> int:
                     verdict = called(name, layout, device)
                 print(f"{name} {implementation} {layout}: {verdict}", flush=True)
                 wrong += verdict != "ok"
+                if verdict != "ok" and not answers(device):
+                    return 1
     return 1 if wrong else 0
 
 
@@ -37,7 +39,19 @@ def called(name: str, layout: str, device: CudaDevice) -> str:
         test_gpu.assert_right(test_gpu.CALLS[name][1](arranged(name, layout, device)), name, seed, device)
     except AssertionError as error:
         return f"WRONG: {error}"
+    except Exception as error:  # whatever it is: the other ops are to be tried, too
+        return f"FAILED: {type(error).__name__}: {error}"
     return "ok"
+
+
+def answers(device: CudaDevice) -> bool:
+    """Whether the device still does: after some errors it takes no more launches of this process."""
+    try:
+        device.synchronize()
+    except RuntimeError as error:
+        print(f"the others were not called: {error}", flush=True)
+        return False
+    return True
 
 
 def arranged(name: str, layout: str, device: CudaDevice) -> test_gpu.Inputs:

@@ -77,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, KeyError, ValueError) as error:
         print(f"gpu/run: error: {error}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the step that runs is ended, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the step that runs is ended, too
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     with tempfile.TemporaryDirectory(prefix="fastprune-gpu-", ignore_cleanup_errors=True) as folder:
         scratch = Path(folder)
         pack = options.pack and options.pack.resolve()

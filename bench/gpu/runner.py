@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 
 GRACE_S = 10.0  # of a step's limit, what it has to write its results once it is interrupted
 LEAST_S = 5.0  # with less time left, no step is begun
+FENCE = "````"  # steps may print three
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class Outcome:
         """Passed, failed and skipped tests, of those that were run before it ended; empty without a file of them."""
         try:
             suites = list(ElementTree.parse(self.step.junit or "").iter("testsuite"))
-        except (OSError, ElementTree.ParseError):
+            count = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped")}
+            failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
+        except (OSError, ValueError, ElementTree.ParseError):
             return {}
-        count = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped")}
-        failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
         passed = count["tests"] - count["skipped"] - failed
         return {"passed": passed, "failed": failed, "skipped": count["skipped"]}
 
@@ -92,10 +93,10 @@ def run(step: Step, limit_s: float, folder: Path, log: IO[str]) -> Outcome:
             tell(line)
             output.append(line.rstrip("\n"))
 
-    for path in (*step.writes, *([step.junit] if step.junit else [])):
-        path.unlink(missing_ok=True)
     tell(f"\n== {step.name}, at most {limit_s:.0f} s: {' '.join(step.command)}\n")
     try:
+        for path in (*step.writes, *([step.junit] if step.junit else [])):
+            path.unlink(missing_ok=True)
         process = subprocess.Popen(
             step.command,
             cwd=folder,
@@ -107,7 +108,7 @@ def run(step: Step, limit_s: float, folder: Path, log: IO[str]) -> Outcome:
             stderr=subprocess.STDOUT,
             preexec_fn=_apart,
         )
-    except OSError as error:  # there is no such program
+    except OSError as error:  # there is no such program, or something lies where its results go
         tell(f"{error}\n")
         return Outcome(step, 127, False, 0.0, limit_s, [str(error)])
     assert process.stdout is not None
@@ -193,9 +194,9 @@ class Report:
         for outcome in self.outcomes:
             kept = outcome.output[-outcome.step.lines :]
             dropped = len(outcome.output) - len(kept)
-            yield from ("", f"## {outcome.step.name}", "", f"`{' '.join(outcome.step.command)}`", "", "```")
+            yield from ("", f"## {outcome.step.name}", "", f"`{' '.join(outcome.step.command)}`", "", FENCE)
             yield from ([f"({dropped} lines left out; the log has them)"] if dropped else [])
-            yield from (*kept, "```")
+            yield from (*kept, FENCE)
 
 
 def run_all(report: Report, wanted: Sequence[str], seconds: float, folder: Path) -> int:

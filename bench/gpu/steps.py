@@ -44,6 +44,7 @@ class Place:
         path = [self.tree / "bench", self.tree / "tests"]
         environment = {
             "PYTHONUNBUFFERED": "1",
+            "FASTPRUNE_NEEDS_GPU": "0" if self.fake else "1",
             "TRITON_CACHE_DIR": str(self.scratch / "triton"),
             "TORCHINDUCTOR_CACHE_DIR": str(self.scratch / "inductor"),
         }
@@ -105,7 +106,7 @@ def _steps(place: Place, minute: float) -> list[Step]:
             python, "-m", "gpu.machine", *expected, *fake], 1.25 * minute),  # the first import of torch may take long
         tests("gpu", "each op: values, streams, graphs", 2, ["tests/test_gpu.py"], {}),
         tests("ops-cuda", "the table of cases, by CUDA's kernels", 2, [*table, *parallel, "-k", cuda], one_thread),
-        Step("training", "ResNet-56 on CIFAR-10: eager, and forward and backward in a graph", [
+        Step("training", "images/s of ResNet-56: eager, and with forward and backward in a graph", [
             python, "-m", "gpu.training", *training, *images, *fake], 1.5 * minute,
             writes=[out / "training.json"]),
         bench("bench", "every op beside its rivals", 2, "not compile"),
