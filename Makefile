@@ -23,9 +23,9 @@ OLDEST_TESTS = $(wildcard tests/test_op_*.py) $(addprefix tests/test_,ops.py bac
 BUILT := $(VENV)/.built$(if $(FASTPRUNE_NO_EXT),-no-ext-$(FASTPRUNE_NO_EXT))$(if $(FASTPRUNE_CUDA),-cuda-$(FASTPRUNE_CUDA))
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 26
 
-train: environment ## train, prune and compare: the quick recipe, a few minutes (ARGS="--epochs 3" ...)
+train: environment ## train, prune and compare: the quick recipe, at most ten minutes (ARGS="--epochs 3" ...)
 	@$(PY) -m fastprune.train $(QUICK_RUN) $(ARGS)
 
 # Of the tests of GPU kernels what has changed, and a tenth of the rest. tests/conftest.py puts the longest files first.

@@ -17,10 +17,15 @@ class PrunedSGD(torch.optim.Optimizer):
     """:class:`torch.optim.SGD`, with one op for each parameter group, whatever the number of layers.
 
     Attached to a :class:`fastprune.FilterPruner`, each step also writes the norms of all filters, and the pruner's next
-    update of the masks uses them instead of reading the weights again, unless a weight has changed in between. That
-    takes all of the pruner's weights in one parameter group, each with a gradient; otherwise the pruner reads them as
-    ever. With ``masked_dtype``, it writes the masked weights for the next forward too, which then makes none, unless a
-    weight or mask has changed in between.
+    update of the masks uses them instead of reading the weights again, unless a weight has changed in between. With
+    ``masked_dtype``, it writes the masked weights for the next forward too, which then makes none, unless a weight or
+    mask has changed in between. Both take all of the pruner's weights in one parameter group, each with a gradient;
+    otherwise pruner and forward read the weights as ever.
+
+    What changes a weight is told by its version counter. Writes through ``.data`` (as some exponential averages are
+    swapped in) and other optimizers with ``fused=True`` do not raise it: no other optimizer may step these weights,
+    and after such a write call ``pruner.masked_weights.renew()``. Masks that change between a forward and its
+    backward make the backward fail, as any tensor does that autograd needs.
 
     ``state_dict`` is that of :class:`torch.optim.SGD`, and each loads the other's. With :class:`torch.amp.GradScaler`,
     gradients are unscaled as they are read and stay scaled in ``.grad``; nothing waits for the device, except for a
@@ -36,9 +41,8 @@ class PrunedSGD(torch.optim.Optimizer):
         lr: a number, or a tensor of one float32 or float64.
         momentum, dampening, weight_decay, nesterov, maximize: as for :class:`torch.optim.SGD`.
         pruner: whose weights are among ``params``. It is not part of the state, nor of a copy of the optimizer.
-        masked_dtype: the dtype in which the model computes (autocast's, or that of the weights). Give it only where
-            weights change between ``step()`` and the next forward in ways that their version counters tell, not through
-            ``.data`` (as some exponential averages are swapped in). None: the forward masks the weights.
+        masked_dtype: the dtype in which the model computes (autocast's, or that of the weights). None: the forward
+            masks the weights.
 
     Raises:
         ValueError: for values out of range, and for a pruner of another model.
@@ -156,8 +160,8 @@ class PrunedSGD(torch.optim.Optimizer):
         if first and found_inf is not None and found_inf.item():
             return  # the host must know: a step that is skipped leaves no momentum behind
         momenta = self._momenta(params, first) if group["momentum"] != 0 else []
-        norms = self._norms_of(params)
-        layers = [] if norms is None or self.pruner is None else list(self.pruner.layers.values())
+        layers = self._layers_of(params)
+        norms = self._norms_of(layers)
         with self._masked_of(layers) as masked:
             ops.sgd_step_(
                 params,
@@ -189,13 +193,18 @@ class PrunedSGD(torch.optim.Optimizer):
         # A checkpoint may have brought them in another layout.
         return [_side_by_side(self.state[param]["momentum_buffer"], param) for param in params]
 
-    def _norms_of(self, params: list[Tensor]) -> Tensor | None:
-        """[N] float32 for the pruner's norms, the same each time, if these parameters begin with all of its weights."""
-        if self.pruner is None or self.pruner.ord is None:  # or its importance is no norm
+    def _layers_of(self, params: list[Tensor]) -> list[MaskedConv2d]:
+        """The pruner's layers, if these parameters begin with the weights of all of them; else none."""
+        layers = [] if self.pruner is None else list(self.pruner.layers.values())
+        if len(params) < len(layers) or any(layer.weight is not param for layer, param in zip(layers, params)):
+            return []
+        return layers
+
+    def _norms_of(self, layers: list[MaskedConv2d]) -> Tensor | None:
+        """[N] float32 for the pruner's norms, the same each time; None if it has no use for them."""
+        if not layers or self.pruner is None or self.pruner.ord is None:  # its importance is no norm
             return None
-        weights = [layer.weight for layer in self.pruner.layers.values()]
-        if len(params) < len(weights) or any(a is not b for a, b in zip(weights, params)):
-            return None
+        weights = [layer.weight for layer in layers]
         n = count_filters(weights)
         if self._norms is None or self._norms.shape != (n,) or self._norms.device != weights[0].device:
             self._norms = torch.empty(n, dtype=torch.float32, device=weights[0].device)
@@ -216,7 +225,9 @@ def _learning_rate(lr: float | Tensor, device: torch.device) -> float | Tensor:
             f"a CUDA graph would keep the learning rate, {where}, for all its replays: make PrunedSGD with "
             f"lr=torch.tensor({float(lr):g}, device='{device}'), and change it by lr.fill_()"
         )
-    return lr.to(device) if isinstance(lr, Tensor) else lr
+    if isinstance(lr, Tensor) and lr.device != device:
+        return float(lr) if lr.device.type == "cpu" else lr.to(device)  # a copy from there would wait for the device
+    return lr
 
 
 def _side_by_side(tensor: Tensor, param: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def _choose(model: nn.Module, shape: Sequence[int], memory_format: torch.memory_
     try:
         seconds = time_both(convolution, (shape[0], *inputs), memory_format)
     except RuntimeError as error:
-        return Choice("fp32", f"bf16 fails here: {str(error).splitlines()[0]}")
+        return Choice("fp32", f"bf16 and fp32 could not be compared: {str(error).splitlines()[0]}")
     timings = ", ".join(f"{1e3 * seconds[name]:.2f} ms in {name}" for name in ("fp32", "bf16"))
     return Choice(decide(native is not None, seconds), f"{convolution} took {timings}; {hardware}")
 

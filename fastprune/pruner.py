@@ -272,7 +272,8 @@ class FilterPruner(Pruner):
     def take_norms(self, norms: Tensor) -> None:
         """Take the norms of the weights as they are now, so that the next update need not read the weights.
 
-        They serve until a weight changes, which its version counter tells (a write through ``.data`` it does not see).
+        They serve until a weight changes, which its version counter tells (it does not see a write through ``.data``,
+        nor the step of an optimizer with ``fused=True``).
 
         Args:
             norms: ``[N]`` float32 on the weights' device, as :func:`fastprune.ops.sgd_step_` writes them. Not copied.

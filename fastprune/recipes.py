@@ -120,7 +120,7 @@ class Config:
     seed: int = 0
     minutes: float | None = None
     """Time for a fresh run. A few steps are tried first; if they take too long for it, the run has fewer epochs, or
-    images, and says so."""
+    images, and says so. None (--minutes None): no limit."""
     max_steps: int | None = None
     """Stop when the run has done so many steps, with a checkpoint to resume from."""
     target_accuracy: float | None = None

@@ -116,10 +116,14 @@ def make_search(config: SearchConfig, space: Space) -> Search:
 
     Raises:
         BudgetError: if nothing keeps within the budget.
+        SearchError: if the numbers of the evolution do not go together.
     """
-    settings = Evolution(
-        config.population, config.mutations, config.crossovers, config.parents, config.mutation_probability
-    )
+    try:
+        settings = Evolution(
+            config.population, config.mutations, config.crossovers, config.parents, config.mutation_probability
+        )
+    except ValueError as error:
+        raise SearchError(str(error)) from error
     start = starting_encodings(config, space)
     if config.algorithm == "nsga2":
         return ParetoSearch(space, settings, config.iterations, config.seed, config.objective, start)

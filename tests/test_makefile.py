@@ -1,6 +1,7 @@
 """The environment of `make`: made from nothing, used again while current, and made again when it is not whole."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,13 @@ class Clone:
 @pytest.fixture
 def clone(tmp_path: Path) -> Clone:
     return Clone(tmp_path / "clone")
+
+
+def test_help_names_every_target(clone: Clone) -> None:
+    made = subprocess.run(["make", "help"], cwd=clone.folder, capture_output=True, text=True, check=True)
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = set(phony.split()) - {"environment", "FORCE"}
+    assert {line.split()[0] for line in made.stdout.splitlines() if line[0] != " "} >= targets
 
 
 def test_made_from_nothing_then_used_again(clone: Clone) -> None:

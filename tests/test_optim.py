@@ -12,7 +12,7 @@ from cases import Implementation
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastprune import FilterPruner, WeightPruner, checkpoint, ops
+from fastprune import FilterPruner, WeightPruner, checkpoint, ops, optim
 from fastprune import nn as nn_module
 from fastprune.models.resnet import cifar_resnet
 from fastprune.optim import PrunedSGD
@@ -186,6 +186,27 @@ def test_written_masked_weights_serve_autocast(weights_masked: list[int]) -> Non
     optimizer.step()
     model(images)
     assert weights_masked == [1, 1, 1]  # another dtype than was written
+
+
+@pytest.mark.parametrize(
+    "importance", ["fpgm", lambda name, weight: weight.detach().flatten(1).amax(1).float()], ids=["fpgm", "function"]
+)
+def test_masked_weights_are_written_whatever_the_importance(importance: Any, weights_masked: list[int]) -> None:
+    model = layered()
+    pruner = FilterPruner(model, 0.4, every=1, importance=importance)
+    optimizer = PrunedSGD(model.parameters(), lr=0.1, pruner=pruner, masked_dtype=torch.float64)
+    backward(model, 0)
+    optimizer.step()
+    pruner.step()
+    del weights_masked[:]
+    backward(model, 1)
+    assert not weights_masked
+
+
+def test_a_learning_rate_on_the_host_is_not_copied_to_the_device() -> None:
+    rate = torch.tensor(0.1)
+    assert optim._learning_rate(rate, torch.device("cpu")) is rate
+    assert optim._learning_rate(rate, torch.device("meta")) == float(rate)
 
 
 def test_written_masked_weights_are_not_overwritten_unseen() -> None:

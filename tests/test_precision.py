@@ -85,7 +85,7 @@ def test_bf16_that_cannot_run_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("could not create a primitive\nmore")
 
     monkeypatch.setattr(precision, "time_both", fail)
-    assert choose() == precision.Choice("fp32", "bf16 fails here: could not create a primitive")
+    assert choose() == precision.Choice("fp32", "bf16 and fp32 could not be compared: could not create a primitive")
 
 
 @pytest.mark.parametrize(

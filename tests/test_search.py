@@ -315,3 +315,9 @@ def test_help_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert all(f"--{field.name.replace('_', '-')}" in said for field in dataclasses.fields(SearchConfig))
+
+
+def test_numbers_that_do_not_go_together_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--recipe", "quick", "--data", "embedded", "--population", "4", "--mutations", "3", "--crossovers", "2"]
+    assert search.main([*flags, "--precision", "fp32", "--out", str(tmp_path / "run")]) == 1
+    assert "error: 3 mutations and 2 crossovers are more than the population of 4" in capsys.readouterr().err

@@ -158,3 +158,8 @@ def test_the_versions_are_those_of_this_machine() -> None:
 def test_what_is_installed_is_asked_each_time(tree: Path) -> None:
     nodeid = "tests/test_cuda_filter_mask.py::test_serves_cuda_where_it_was_built[filter_norms]"
     assert key(tree, nodeid, {"op": "filter_norms"}) == ""
+
+
+def test_a_test_in_a_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be a function of its module, not of a class"):
+        key(ROOT, f"{TESTED}::TestThreshold::test_kth_threshold[cuda-sm_80]")

@@ -50,7 +50,10 @@ class Keys:
 
     def parts(self, nodeid: str, params: dict[str, Any]) -> set[str]:
         """Everything that counts: texts of definitions, files with their hashes, versions."""
-        file, name = nodeid.split("[")[0].split("::")
+        file, *names = nodeid.split("[")[0].split("::")
+        if len(names) != 1:
+            raise ValueError(f"{nodeid}: a test of a GPU kernel must be a function of its module, not of a class")
+        (name,) = names
         kinds = {
             kind for kind in ("cuda", "triton") if re.search(rf"/test_{kind}_|[\[-]{kind}-(sm_\d|interpreted)", nodeid)
         }
