@@ -40,14 +40,14 @@ def wheel(folder: Path, build: Path) -> None:
         shutil.copytree(ROOT / name, build / name, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / name, build)
-    pip("wheel", ".", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder), folder=build)
+    pip("wheel", str(build), "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder))
 
 
-def pip(command: str, *arguments: str, folder: Path = ROOT) -> None:
-    """Run pip; what fails raises CalledProcessError."""
+def pip(command: str, *arguments: str) -> None:
+    """Run pip in this tree, where PIP_CONSTRAINT is found; what fails raises CalledProcessError."""
     quiet = ["--disable-pip-version-check", "--no-input", "--quiet"]
     environment = {**os.environ, "FASTPRUNE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURES}
-    subprocess.run([sys.executable, "-m", "pip", command, *quiet, *arguments], cwd=folder, env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "pip", command, *quiet, *arguments], cwd=ROOT, env=environment, check=True)
 
 
 def carry(folder: Path) -> None:
