@@ -24,8 +24,8 @@ class PrunedSGD(torch.optim.Optimizer):
 
     What changes a weight is told by its version counter. Writes through ``.data`` (as some exponential averages are
     swapped in) and other optimizers with ``fused=True`` do not raise it: no other optimizer may step these weights,
-    and after such a write call ``pruner.masked_weights.renew()``. Masks that change between a forward and its
-    backward make the backward fail, as any tensor does that autograd needs.
+    and after such a write call ``pruner.masked_weights.renew()``; norms are right again after the next step. Masks that
+    change between a forward and its backward make the backward fail, as any tensor does that autograd needs.
 
     ``state_dict`` is that of :class:`torch.optim.SGD`, and each loads the other's. With :class:`torch.amp.GradScaler`,
     gradients are unscaled as they are read and stay scaled in ``.grad``; nothing waits for the device, except for a

@@ -32,14 +32,17 @@ LIBRARY = "FASTPRUNE_GUARD_PAGES"
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution of ``[2, channels, size, size]``; depthwise it has as many filters as channels."""
+    """A convolution of ``[2, channels, size, size]``; depthwise it has as many filters as channels.
+
+    A transposed one goes the other way: from ``filters`` to ``channels``.
+    """
 
     dtype: str
     format: str
     kernel: int
     stride: int
     dilation: int
-    groups: str  # "1", "2" or "depthwise"
+    groups: str  # "1", "2", "depthwise" or "transposed" (of one group)
     channels: int  # of the input
     filters: int
     size: int
@@ -59,20 +62,28 @@ def cases(few: bool) -> Iterator[Case]:
                         yield Case(dtype, form, kernel, stride, dilation, groups, 2 * width, 2 * (filters // 2), size)
                     elif filters == 64:
                         yield Case(dtype, form, kernel, stride, dilation, groups, width, width, size)
+    for dtype, form, kernel, width in itertools.product(DTYPES, FORMATS, (1, 3), widths):
+        yield Case(dtype, form, kernel, 2, 1, "transposed", width, 64, 8)
 
 
 def findings(case: Case, guard: ctypes.CDLL) -> list[int]:
     """By pass the bits of ``FINDINGS``."""
     torch.manual_seed(0)
-    groups = case.channels if case.groups == "depthwise" else int(case.groups)
     dtype, form = DTYPES[case.dtype], FORMATS[case.format]
-    images = torch.randn(2, case.channels, case.size, case.size).to(dtype)
+    transposed, padding = case.groups == "transposed", case.dilation * (case.kernel // 2)
+    groups = 1 if transposed else case.channels if case.groups == "depthwise" else int(case.groups)
+    images = torch.randn(2, case.filters if transposed else case.channels, case.size, case.size).to(dtype)
     filters = torch.randn(case.filters, case.channels // groups, case.kernel, case.kernel).to(dtype)
-    options = (None, case.stride, case.dilation * (case.kernel // 2), case.dilation, groups)
+
+    def convolved(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if transposed:  # to twice the size
+            return functional.conv_transpose2d(x, weight, None, case.stride, padding, output_padding=1)
+        return functional.conv2d(x, weight, None, case.stride, padding, case.dilation, groups)
+
     seen = []
     guard.guard_on()
     x, weight = (tensor.clone(memory_format=form).requires_grad_() for tensor in (images, filters))
-    y = functional.conv2d(x, weight, *options)
+    y = convolved(x, weight)
     seen.append(guard.guard_check())
     along = torch.randn_like(y)
     for tensor in (x, weight):
@@ -80,7 +91,7 @@ def findings(case: Case, guard: ctypes.CDLL) -> list[int]:
         torch.autograd.backward(y, along, inputs=[tensor], retain_graph=True)
         seen.append(guard.guard_check())
     exact_x, exact_weight = (tensor.double().requires_grad_() for tensor in (images, filters))
-    exact = functional.conv2d(exact_x, exact_weight, *options)
+    exact = convolved(exact_x, exact_weight)
     exact.backward(along.double())
     for i, (got, want) in enumerate([(y, exact), (x.grad, exact_x.grad), (weight.grad, exact_weight.grad)]):
         close = (got.double() - want).abs().max() <= TOLERANCE[case.dtype] * want.abs().max()
