@@ -4,13 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace fastprune {
@@ -83,22 +82,32 @@ struct Layer {
 using Extents = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // The number of elements of dimensions first.. if they are one dense run in memory in whatever order; else 0.
+// They are not empty.
 inline int64_t dense_run(Extents sizes, Extents strides, size_t first) {
-  std::array<std::pair<int64_t, int64_t>, 8> runs;  // stride, size; by stride
+  size_t runs[64];  // dimensions longer than 1, by stride: what has more of them has 2^64 elements
   size_t count = 0;
   for (size_t d = first; d < sizes.size(); ++d) {
     if (sizes[d] == 1) continue;
-    if (count == runs.size()) return 0;
     size_t place = count++;
-    for (; place > 0 && runs[place - 1].first > strides[d]; --place) runs[place] = runs[place - 1];
-    runs[place] = {strides[d], sizes[d]};
+    for (; place > 0 && strides[runs[place - 1]] > strides[d]; --place) runs[place] = runs[place - 1];
+    runs[place] = d;
   }
   int64_t expected = 1;
   for (size_t i = 0; i < count; ++i) {
-    if (runs[i].first != expected) return 0;
-    expected *= runs[i].second;
+    if (strides[runs[i]] != expected) return 0;
+    expected *= sizes[runs[i]];
   }
   return expected;
+}
+
+// The product of numbers that are at least 1; 0 where it is beyond int64.
+inline int64_t product_or_zero(Extents numbers) {
+  int64_t product = 1;
+  for (int64_t number : numbers) {
+    if (number > std::numeric_limits<int64_t>::max() / product) return 0;
+    product *= number;
+  }
+  return product;
 }
 
 // Whether each filter is one dense run of K elements (contiguous and channels_last both are).

@@ -2,6 +2,7 @@
 // with.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <string>
 
@@ -33,10 +34,16 @@ inline ScalarType coefficient_dtype(Kind kind, const Tensor& weight) {
   return kind == Kind::covariance ? ScalarType::Int : accumulator_dtype(weight);
 }
 
-inline int64_t count_coefficients(Kind kind, int64_t filters, int64_t size) {
-  if (kind == Kind::covariance) return filters * words_per_row(filters);
-  if (kind == Kind::correlation) return filters * filters;
-  return kind == Kind::orthogonality ? 2 * size : 0;
+// What the forward keeps of a layer; fails where that would be beyond int64, with what the layers before
+// have.
+inline int64_t count_coefficients(const char* op, Kind kind, const DecorrelationLayer& layer) {
+  if (kind == Kind::kernel_covariance) return 0;
+  if (kind == Kind::orthogonality) return 2 * layer.size;
+  const int64_t row = kind == Kind::covariance ? words_per_row(layer.filters) : layer.filters;
+  const int64_t count = product_or_zero({layer.filters, row});
+  if (count == 0 || count > std::numeric_limits<int64_t>::max() - layer.coefficients)
+    fail(op, ": the coefficients of ", layer.filters, " filters are more than 2^63");
+  return count;
 }
 
 // Checks the arguments that both directions have.
@@ -55,7 +62,7 @@ inline Decorrelation describe_decorrelation(const char* op, const std::vector<Te
       layer.strides[d] = weights[i].stride(d + 1);
     }
     call.layers.push_back(layer);
-    call.coefficients += count_coefficients(call.kind, filters, size);
+    call.coefficients += count_coefficients(op, call.kind, layer);
   }
   return call;
 }

@@ -5,7 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "check.h"
@@ -29,16 +28,6 @@ struct HyperSlice {
 
 namespace hyper {
 
-// O·I·kh·kw of sizes that are at least 1; 0 if it is beyond int64.
-inline int64_t count_rows(const std::vector<int64_t>& shape) {
-  int64_t rows = 1;
-  for (int64_t size : shape) {
-    if (size > std::numeric_limits<int64_t>::max() / rows) return 0;
-    rows *= size;
-  }
-  return rows;
-}
-
 // `bias` is null where there is none. Returns a slice of everything.
 inline HyperSlice check_layer(const char* op, const Tensor& hidden, const Tensor& weight, const Tensor* bias,
                               const std::vector<int64_t>& shape) {
@@ -49,7 +38,7 @@ inline HyperSlice check_layer(const char* op, const Tensor& hidden, const Tensor
   for (int64_t size : shape) positive = positive && size >= 1;
   if (!positive)
     fail(op, ": shape must be [O, I, kh, kw], each at least 1, got ", list({shape.data(), shape.size()}));
-  const int64_t rows = count_rows(shape);
+  const int64_t rows = product_or_zero({shape.data(), shape.size()});
   if (rows == 0) fail(op, ": O·I·kh·kw must be below 2^63, got shape = ", list({shape.data(), shape.size()}));
   const HyperSlice whole{
       hidden.numel(), shape[0], shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[0],

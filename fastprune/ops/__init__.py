@@ -1,4 +1,11 @@
-"""The ops: one contract each, written once in the docstring of its function; several implementations."""
+"""The ops: one contract each, written once in the docstring of its function; several implementations.
+
+In reverse mode (``torch.func.grad``, ``vjp``, ``jacrev``) function transforms give autograd's gradients. ``torch.vmap``
+calls an op once for each sample; one that writes to its arguments raises. Ops with a gradient raise in forward mode
+(``torch.func.jvp``, ``jacfwd``, ``torch.autograd.forward_ad``); the others pass no derivative on, in either mode.
+
+All tensors of a call are on one device.
+"""
 
 from ._backend import (
     Implementation,

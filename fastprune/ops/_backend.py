@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 import fastprune.kernels as kernels  # kernels/ of the source tree
+
+from .transforms import autograd_kernel, vmap_rule
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 _DEVICES = {"_cpu": "CPU", "_cuda": "CUDA"}
@@ -41,28 +43,50 @@ class Implementation:
 
 
 def define(schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Register the op ``fastprune::<schema>`` with its reference for every device and its fake.
+    """Register the op ``fastprune::<schema>`` with its reference for every device, its fake and its rule for vmap.
 
     Of the arguments that the schema says are written to, autograd sees the versions change.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastprune::{name}", fake, lib=_library)
     arguments = getattr(torch.ops.fastprune, name).default._schema.arguments
+    names = [argument.name for argument in arguments]
+    _references[name] = _on_one_device(name, names, reference)
+    _library.impl(name, _references[name], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastprune::{name}", _on_one_device(name, names, fake), lib=_library)
     mutated = [i for i, argument in enumerate(arguments) if argument.is_write]
     if mutated:
         _library.impl(name, _counting_versions(name, mutated), "ADInplaceOrView", with_keyset=True)
-    _references[name] = reference
+    torch.library.register_vmap(f"fastprune::{name}", vmap_rule(name, bool(mutated)), lib=_library)
 
 
-def differentiate(name: str, function: type[torch.autograd.Function]) -> None:
-    """Register the op's gradient as a function that takes its arguments, and calls the op below autograd.
+def differentiate(name: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]) -> None:
+    """Register the op's gradient, as :func:`torch.library.register_autograd` does, but for ``torch.func``, too.
 
-    For an op that is called layer after layer: the host gets through it in half the time that it takes with
-    ``torch.library.register_autograd``.
+    Forward mode is refused; its tangents would be dropped.
     """
-    _library.impl(name, function.apply, "Autograd")
+    _library.impl(name, autograd_kernel(name, setup_context, backward), "Autograd")
+
+
+def _on_one_device(name: str, names: Sequence[str], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, told nothing but tensors of one device; dispatch looks at all tensors of a call together."""
+
+    def checked(*arguments: Any) -> Any:
+        first: tuple[str, torch.device] | None = None
+        for argument_name, argument in zip(names, arguments):
+            several = isinstance(argument, (list, tuple))
+            for i, tensor in enumerate(argument if several else [argument]):
+                if not isinstance(tensor, torch.Tensor):
+                    continue
+                first = first or (argument_name, tensor.device)
+                if tensor.device != first[1]:
+                    entry = f"{argument_name}[{i}]" if several else argument_name
+                    raise RuntimeError(
+                        f"{name}: {entry} must be on the device of {first[0]} ({first[1]}), got {tensor.device}"
+                    )
+        return function(*arguments)
+
+    return checked
 
 
 def _counting_versions(name: str, mutated: list[int]) -> Callable[..., Any]:
@@ -135,7 +159,8 @@ def _serving(implementations: Mapping[str, Callable[..., Any]], keys: Iterable[s
 
 def _triton(op: str) -> Callable[..., Any]:
     """The op's Triton implementation, imported when it is first called."""
-    return lambda *arguments: kernels.load(op)(*arguments)
+    names = [argument.name for argument in getattr(torch.ops.fastprune, op).default._schema.arguments]
+    return _on_one_device(op, names, lambda *arguments: kernels.load(op)(*arguments))
 
 
 def _without_triton(key: str) -> str:

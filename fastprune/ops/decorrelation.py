@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import define
+from ._backend import define, differentiate
 
 
 def _fake(
@@ -27,6 +27,7 @@ def _fake_backward(
     mask: Tensor | None,
     precision: str,
 ) -> list[Tensor]:
+    reference.check_decorrelation_backward(grad, weights, coefficients, kind, mask, precision)
     return [torch.empty_like(weight) for weight in weights]
 
 
@@ -62,8 +63,8 @@ def _no_second_derivative(ctx: Any, *grads: list[Tensor]) -> None:
     raise RuntimeError("decorrelation has no second derivative: do not pass create_graph=True through it")
 
 
-torch.library.register_autograd("fastprune::decorrelation", _backward, setup_context=_setup)
-torch.library.register_autograd("fastprune::decorrelation_backward", _no_second_derivative)
+differentiate("decorrelation", _setup, _backward)
+differentiate("decorrelation_backward", None, _no_second_derivative)
 
 
 def decorrelation(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import reference
 from ._backend import define
-from .checks import check_filter_vector, check_ord, check_rate, check_weights, count_filters
+from .checks import check_filter_vector, check_ord, check_rate, check_scores, check_weights, count_filters
 
 
 def _fake_norms(weights: Sequence[Tensor], ord: int) -> Tensor:
@@ -22,12 +22,14 @@ def _fake_mask(weights: Sequence[Tensor], rate: float, ord: int) -> Tensor:
 
 
 def _fake_threshold(scores: Tensor, k: int) -> Tensor:
+    check_scores("kth_threshold", scores, k)
     return scores.new_empty(())
 
 
 def _fake_update(weights: Sequence[Tensor], rate: float, ord: int, mask: Tensor) -> None:
     check_rate("update_filter_masks_", rate)
     check_ord("update_filter_masks_", ord)
+    check_weights("update_filter_masks_", weights)
     check_filter_vector("update_filter_masks_", "mask", mask, weights, torch.bool)
 
 

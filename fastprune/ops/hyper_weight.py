@@ -44,24 +44,17 @@ define(
 )
 
 
-class _HyperWeight(torch.autograd.Function):
-    """hyper_weight with its gradient."""
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, weight, *_, ctx.shape, _, _ = inputs
+    ctx.save_for_backward(hidden, weight)
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        hidden, weight, *_, ctx.shape, _, _ = inputs
-        ctx.save_for_backward(hidden, weight)
-        with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.fastprune.hyper_weight.default(*inputs)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        (grad,) = grads
-        # A gradient may arrive in any layout (a convolution's backward chooses).
-        if not grad.is_contiguous() and not grad.is_contiguous(memory_format=torch.channels_last):
-            grad = grad.contiguous()
-        gradients = torch.ops.fastprune.hyper_weight_backward.default(grad, *ctx.saved_tensors, ctx.shape)
-        return *gradients, None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    # A gradient may arrive in any layout (a convolution's backward chooses).
+    if not grad.is_contiguous() and not grad.is_contiguous(memory_format=torch.channels_last):
+        grad = grad.contiguous()
+    gradients = torch.ops.fastprune.hyper_weight_backward.default(grad, *ctx.saved_tensors, ctx.shape)
+    return *gradients, None, None, None, None, None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -83,8 +76,8 @@ def _backward_backward(ctx: Any, to_hidden: Tensor, to_weight: Tensor, to_bias: 
     return of_grad, of_hidden, of_weight, None
 
 
-differentiate("hyper_weight", _HyperWeight)
-torch.library.register_autograd("fastprune::hyper_weight_backward", _backward_backward, setup_context=_setup_backward)
+differentiate("hyper_weight", _setup, _backward)
+differentiate("hyper_weight_backward", _setup_backward, _backward_backward)
 
 
 def hyper_weight(

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._backend import define
+from ._backend import define, differentiate
 from .checks import is_filter_major
+from .transforms import in_forward_mode
 
 
 def _fake(weights: Sequence[Tensor], mask: Tensor, dtype: torch.dtype, feedback: Tensor | None) -> list[Tensor]:
@@ -38,9 +39,9 @@ def _gradients(grads: Sequence[Tensor], mask: Tensor, feedback: Tensor | None, d
     return torch.ops.fastprune.masked_weights_backward(grads, mask, dtype, feedback)
 
 
-torch.library.register_autograd("fastprune::masked_weights", _backward, setup_context=_setup)
+differentiate("masked_weights", _setup, _backward)
 # The backward is linear in the gradients, filter by filter: it is its own backward.
-torch.library.register_autograd("fastprune::masked_weights_backward", _backward, setup_context=_setup)
+differentiate("masked_weights_backward", _setup, _backward)
 
 
 def masked_weights(
@@ -92,7 +93,7 @@ class _MaskedWeight(torch.autograd.Function):
         mask, feedback = ctx.saved_tensors
         if feedback is None and grad.dtype == ctx.dtype:
             return grad, None, None, None, None
-        if torch.is_grad_enabled():  # for a second derivative
+        if torch.is_grad_enabled() or in_forward_mode():  # for a second derivative
             return _gradients([grad], mask, feedback, ctx.dtype)[0], None, None, None, None
         with torch._C._AutoDispatchBelowAutograd():
             return _gradients([grad], mask, feedback, ctx.dtype)[0], None, None, None, None
@@ -100,7 +101,12 @@ class _MaskedWeight(torch.autograd.Function):
 
 def is_transformed() -> bool:
     """Whether a compiler, a tracer or a function transform (``torch.func``) looks on, which custom functions stop."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or bool(torch._C._are_functorch_transforms_active())
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or bool(torch._C._are_functorch_transforms_active())
+        or in_forward_mode()
+    )
 
 
 def masked_weight(

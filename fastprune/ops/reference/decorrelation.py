@@ -24,6 +24,11 @@ def check_decorrelation(op: str, weights: Sequence[Tensor], kind: str, mask: Ten
         check_filter_vector(op, "mask", mask, weights, torch.bool)
     if precision not in PRECISIONS:
         raise RuntimeError(f"{op}: precision must be one of {', '.join(PRECISIONS)}; got {precision}")
+    kept = 0
+    for weight in weights:
+        kept += count_coefficients(weight, kind)
+        if kept >= 2**63:
+            raise RuntimeError(f"{op}: the coefficients of {weight.shape[0]} filters are more than 2^63")
 
 
 def accumulation_dtype(weights: Sequence[Tensor]) -> torch.dtype:
@@ -33,14 +38,19 @@ def accumulation_dtype(weights: Sequence[Tensor]) -> torch.dtype:
 
 def coefficients_like(weights: Sequence[Tensor], kind: str) -> Tensor:
     """An empty tensor of the shape and dtype of the forward's second output."""
-    if kind == "covariance":
-        size = sum(weight.shape[0] * words_per_row(weight.shape[0]) for weight in weights)
-    elif kind == "correlation":
-        size = sum(weight.shape[0] ** 2 for weight in weights)
-    else:
-        size = sum(2 * weight[0].numel() for weight in weights) if kind == "orthogonality" else 0
+    size = sum(count_coefficients(weight, kind) for weight in weights)
     dtype = torch.int32 if kind == "covariance" else accumulation_dtype(weights)
     return weights[0].new_empty(size, dtype=dtype)
+
+
+def count_coefficients(weight: Tensor, kind: str) -> int:
+    """How many of a layer the forward keeps."""
+    filters = weight.shape[0]
+    if kind == "covariance":
+        return filters * words_per_row(filters)
+    if kind == "correlation":
+        return filters * filters
+    return 2 * (weight.numel() // filters) if kind == "orthogonality" else 0
 
 
 def check_decorrelation_backward(
