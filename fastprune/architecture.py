@@ -2,12 +2,14 @@
 
 Whoever wrote a description may be hostile. Modules, functions, methods and strings come from the lists of layer_kinds,
 names are names, numbers are finite and in range, and memory is taken only for tensors that are there already: modules
-are made without any (on the device `meta`).
+are made without any (on the device `meta`). What is built takes at most 400 bytes of memory for each of the description
+(an empty list in an argument), 100 where layers are small, and a time that grows with its length.
 """
 
 from __future__ import annotations
 
 import keyword
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .inputs import KEY
 from .layer_kinds import ATTRIBUTES, DTYPES, FUNCTIONS, METHODS, MODULES, WORDS, is_number, kind_of
 from .nn import MaskedConv2d, mask_convolutions
 from .scatter import Scatter
@@ -23,6 +26,7 @@ __all__ = ["ArchitectureError", "build", "describe", "tensors_of"]
 
 _MOST = 100_000  # nodes, and modules
 _DEEPEST = 20  # lists in lists, modules in modules
+_LONGEST = 64  # characters of a node's name
 _PART = re.compile(r"[A-Za-z0-9_-]{1,200}")  # no quotes: names become code of the graph
 _FUNCTION_NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
 _TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph())))  # what a module's name would hide
@@ -64,7 +68,7 @@ def describe(network: fx.GraphModule) -> dict[str, Any]:
         elif node.op == "call_method" and target not in METHODS:
             raise ArchitectureError(f"it calls the tensor's method {target}, which no saved network may; {_LISTS}")
         place = f"{node.op} {node.name}"
-        args = [] if node.op == "placeholder" else [_encode(arg, numbers, place) for arg in node.args]
+        args = [] if node.op == "placeholder" else [_encode_argument(node, arg, numbers, place) for arg in node.args]
         kwargs = {name: _encode(value, numbers, place) for name, value in node.kwargs.items()}
         numbers[node] = len(nodes)
         nodes.append([node.op, target, args, kwargs])
@@ -90,10 +94,15 @@ def _describe_module(path: str, module: nn.Module) -> list[Any]:
     if wrong := kind.wrong(arguments):
         settings = ", ".join(f"{argument}={arguments.get(argument)!r}" for argument in wrong)
         raise ArchitectureError(f"{path} is a {name} with {settings}, which cannot be saved")
-    found, made = (set(dict(m.named_parameters()) | dict(m.named_buffers())) for m in (module, _make(name, arguments)))
-    if found - {"mask", "feedback"} != made:
-        raise ArchitectureError(f"{path} is a {name} with {sorted(found)}, where one of its kind has {sorted(made)}")
+    found, expected = (sorted(_tensor_names(each)) for each in (module, _make(name, arguments)))
+    if found != expected:
+        raise ArchitectureError(f"{path} is a {name} with {found}, where one of its kind has {expected}")
     return [name, {argument: _plain(value) for argument, value in arguments.items()}]
+
+
+def _tensor_names(module: nn.Module) -> set[str]:
+    """What a module of its kind has, whether it is masked or not."""
+    return tensors_of(module).keys() - {"mask", "feedback"}
 
 
 def _plain(value: Any) -> Any:
@@ -106,6 +115,12 @@ def _describe_attribute(network: nn.Module, path: str) -> str:
     if not isinstance(getattr(owner, name), Tensor):
         raise ArchitectureError(f"it reads {path}, which is no parameter or buffer")
     return "parameter" if name in owner._parameters else "buffer"
+
+
+def _encode_argument(node: fx.Node, value: Any, numbers: Mapping[fx.Node, int], place: str) -> Any:
+    """As _encode, and the key of a dict where one is asked for it."""
+    is_key = node.target is operator.getitem and _is_key(value)
+    return {"key": value} if is_key else _encode(value, numbers, place)
 
 
 def _encode(value: Any, numbers: Mapping[fx.Node, int], place: str) -> Any:
@@ -124,7 +139,13 @@ def _encode(value: Any, numbers: Mapping[fx.Node, int], place: str) -> Any:
         return {"dtype": str(value).removeprefix("torch.")}
     if value is ...:
         return {"ellipsis": True}
+    if isinstance(value, dict) and all(map(_is_key, value)):
+        return {"dict": {key: _encode(entry, numbers, place) for key, entry in value.items()}}
     raise ArchitectureError(f"{place} has the argument {value!r}, which cannot be saved")
+
+
+def _is_key(value: Any) -> bool:
+    return type(value) is str and KEY.fullmatch(value) is not None
 
 
 # ---------------------------------------------------------------------------------------------- from JSON
@@ -150,17 +171,17 @@ def _build(description: Any, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
     )
     if max(len(modules), len(attributes), len(nodes)) > _MOST:
         raise ArchitectureError(f"it has more than {_MOST:,} parts")
-    parts: dict[str, Any] = {path: _read_module(_path(path), entry) for path, entry in modules.items()}
+    if _size(nodes) > 10 * _MOST:
+        raise ArchitectureError(f"its graph has more than {10 * _MOST:,} values")
+    _check_paths([*modules, *attributes])
+    parts: dict[str, Any] = {path: _read_module(path, entry) for path, entry in modules.items()}
     for path, kind in attributes.items():
-        if _path(path) not in tensors or kind not in ("parameter", "buffer"):
+        if path not in tensors or kind not in ("parameter", "buffer"):
             raise ArchitectureError(f"{path} is no tensor of the file")
         parts[path] = _parameter(tensors[path]) if kind == "parameter" else tensors[path]
     network = fx.GraphModule(parts, _read_graph(nodes, parts), "Network")
     network.graph.lint()
-    masked = [path for path, entry in modules.items() if entry[0] == "MaskedConv2d"]
-    if masked:
-        mask_convolutions(network, ignore=[path for path, entry in modules.items() if entry[0] == "Conv2d"])
-    _fill(network, tensors, masked)
+    _fill(network, tensors, [path for path, entry in modules.items() if entry[0] == "MaskedConv2d"])
     return network.eval()
 
 
@@ -170,11 +191,22 @@ def _field(description: Any, name: str, kind: type) -> Any:
     return description[name]
 
 
-def _path(path: str) -> str:
-    parts = path.split(".")
-    if len(parts) > _DEEPEST or any(not _PART.fullmatch(p) or p.startswith("__") or p in _TAKEN for p in parts):
-        raise ArchitectureError(f"{path[:100]!r} cannot be the name of a module")
-    return path
+def _size(value: Any) -> int:
+    """How many values there are in a tree of JSON."""
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_size, entries))
+
+
+def _check_paths(paths: list[str]) -> None:
+    """Refuse what is no name of a module, and more containers, which cost memory, than any network has."""
+    containers: set[str] = set()
+    for path in paths:
+        parts = path.split(".")
+        if len(parts) > _DEEPEST or any(not _PART.fullmatch(p) or p.startswith("__") or p in _TAKEN for p in parts):
+            raise ArchitectureError(f"{path[:100]!r} cannot be the name of a module")
+        containers.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
+    if len(containers) > 4 * len(paths) + _DEEPEST:
+        raise ArchitectureError(f"its {len(paths):,} parts are in {len(containers):,} others")
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:
@@ -182,9 +214,12 @@ def _parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _make(kind: str, arguments: dict[str, Any]) -> nn.Module:
-    make = nn.Conv2d if kind == "MaskedConv2d" else MODULES[kind].make
+    is_masked = kind == "MaskedConv2d"
     with torch.device("meta"):
-        return make(**arguments)
+        module = (nn.Conv2d if is_masked else MODULES[kind].make)(**arguments)
+    if is_masked:
+        mask_convolutions(module)
+    return module
 
 
 def _read_module(path: str, entry: Any) -> nn.Module:
@@ -213,10 +248,12 @@ def _read_graph(nodes: list[Any], parts: dict[str, Any]) -> fx.Graph:
         found = _target(op, target, parts)
         if found is None or (made and made[-1].op == "output"):
             raise ArchitectureError(f"node {number}: no saved network may have {op[:50]!r} of {target[:100]!r}")
-        read = tuple(_decode(arg, made) for arg in args)
+        read = tuple(_decode_argument(found, arg, made) for arg in args)
         if found is getattr and not (len(read) == 2 and isinstance(read[0], fx.Node) and read[1] in ATTRIBUTES):
             raise ArchitectureError(f"node {number}: getattr is for {' and '.join(sorted(ATTRIBUTES))} of tensors")
-        node = graph.create_node(op, found, read, {name: _decode(value, made) for name, value in kwargs.items()})
+        named = {name: _decode(value, made) for name, value in kwargs.items()}
+        # A node's name stands wherever it is read: a long one in a few bytes of the description.
+        node = graph.create_node(op, found, read, named, target[-_LONGEST:] if len(target) > _LONGEST else None)
         if not node.all_input_nodes and op.startswith("call_"):
             raise ArchitectureError(f"node {number} reads no other node")
         if op == "call_method" and not (read and isinstance(read[0], fx.Node)):
@@ -246,6 +283,12 @@ def _is_identifier(name: str) -> bool:
     return bool(_PART.fullmatch(name)) and name.isidentifier() and not keyword.iskeyword(name) and name != "self"
 
 
+def _decode_argument(function: Any, value: Any, made: list[fx.Node]) -> Any:
+    if function is operator.getitem and type(value) is dict and value.keys() == {"key"} and _is_key(value["key"]):
+        return value["key"]
+    return _decode(value, made)
+
+
 def _decode(value: Any, made: list[fx.Node], depth: int = 0) -> Any:
     kind = type(value)
     if depth <= _DEEPEST:
@@ -261,6 +304,8 @@ def _decode(value: Any, made: list[fx.Node], depth: int = 0) -> Any:
                 return made[content]
             if tag == "tuple" and type(content) is list:
                 return tuple(_decode(entry, made, depth + 1) for entry in content)
+            if tag == "dict" and type(content) is dict and all(map(_is_key, content)):
+                return {key: _decode(entry, made, depth + 1) for key, entry in content.items()}
             if tag == "slice" and type(content) is list and len(content) == 3:
                 return slice(*(_decode(entry, made, depth + 1) for entry in content))
             if tag == "dtype" and type(content) is str and content in DTYPES:

@@ -21,7 +21,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-__all__ = ["CheckpointError", "load", "previous_path", "read_sealed", "save", "write_atomically", "write_sealed"]
+__all__ = [
+    *("CheckpointError", "load", "plain", "previous_path", "read_sealed", "save", "write_atomically", "write_sealed"),
+]
 
 _KEY = "fastprune.checkpoint"
 _VERSION = 1
@@ -201,7 +203,7 @@ def _encode(node: Any, place: str, tensors: dict[str, Tensor], depth: int = 0) -
     if isinstance(node, Tensor):
         # The number makes the name unique, the place makes it readable in other tools.
         name = f"{len(tensors)} {ascii(place)[1:-1]}"
-        tensors[name] = _plain(node, place)
+        tensors[name] = plain(node, place)
         return {"tensor": name}
     raise TypeError(
         f"a checkpoint holds dict, list, tuple, Tensor, int, float, bool, str and None, "
@@ -209,11 +211,15 @@ def _encode(node: Any, place: str, tensors: dict[str, Tensor], depth: int = 0) -
     )
 
 
-def _plain(tensor: Tensor, place: str) -> Tensor:
-    """Return `tensor` detached and contiguous on the CPU, itself where it is so already."""
+def plain(tensor: Tensor, place: str, what: str = "checkpoint") -> Tensor:
+    """Return `tensor` detached and contiguous on the CPU, itself where it is so already.
+
+    Raises:
+        TypeError: for one that a file cannot hold, naming its `place` in `what` is written.
+    """
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES:
         found = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
-        raise TypeError(f"a checkpoint holds dense tensors of bool, integers or real floats, not {found}, at {place}")
+        raise TypeError(f"a {what} holds dense tensors of bool, integers or real floats, not {found}, at {place}")
     return tensor.detach().resolve_neg().cpu().contiguous()
 
 
@@ -250,7 +256,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
 def read_sealed(path: Path, key: str, version: int, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return what `write_sealed` put under `key`, and the tensors by name.
 
-    No more is read, and no more memory taken, than the file is long, whatever its header says.
+    The tensors take as much memory as they have in the file, and twice that while they are read, whatever its header
+    says; the JSON, once it is made of objects, up to 40 bytes for each of its own.
 
     Raises:
         CheckpointError: for a missing, unreadable, truncated, damaged or foreign file, or another version.
@@ -264,16 +271,17 @@ def read_sealed(path: Path, key: str, version: int, what: str) -> tuple[dict[str
                 raise CheckpointError(f"{path} ({size:,} bytes) is truncated, or not a {what}")
             header = length + file.read(header_size)
             stored = _metadata(path, header, key, version, what)
-            body = file.read()
+            file.seek(0)
+            blob = file.read()
     except FileNotFoundError:
         raise CheckpointError(f"there is no {what} {path}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read the {what} {path}: {error.strerror or error}") from error
     zeroed = header.replace(str(stored.get("sha256")).encode(errors="replace"), _NO_DIGEST.encode(), 1)
-    if _digest(zeroed, memoryview(body)) != stored.get("sha256"):
+    if not blob.startswith(header) or _digest(zeroed, memoryview(blob)[len(header) :]) != stored.get("sha256"):
         raise CheckpointError(f"{path} is truncated or damaged: its contents do not match its checksum")
     try:
-        return stored, safetensors.torch.load(header + body)
+        return stored, safetensors.torch.load(blob)
     except Exception as error:  # its own error class, and others for headers that no one writes by accident
         raise CheckpointError(f"{path} is damaged, or not a {what}: {error}") from error
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from .architecture import ArchitectureError, build, describe, tensors_of
-from .checkpoint import CheckpointError, read_sealed, write_sealed
+from .checkpoint import CheckpointError, plain, read_sealed, write_sealed
 from .graph import trace
-from .layer_kinds import DTYPES
+from .inputs import check_placed, is_described, positional, zeros
+from .inputs import describe as describe_inputs
 
 __all__ = ["NetworkFileError", "example_inputs", "is_network_file", "load", "save"]
 
 _KEY = "fastprune.network"
 _VERSION = 1
-_LARGEST_INPUT = 2**28  # elements
 
 
 class NetworkFileError(ValueError):
@@ -34,7 +34,7 @@ class NetworkFileError(ValueError):
 def save(
     model: nn.Module,
     path: str | Path,
-    example_input: Tensor | tuple[Tensor, ...] | None = None,
+    example_input: Any = None,
     info: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model`` to ``path``: what :func:`load` needs to make it again, without the code that defined it.
@@ -46,39 +46,48 @@ def save(
     Args:
         model: any that torch.fx traces; a compact one, too. Not changed.
         path: of the file, in an existing folder; replaced if it is there.
-        example_input: a tensor or a tuple of them, whose shapes and dtypes are kept for exports.
+        example_input: a tensor, or a tuple of positional inputs, each a tensor or a tuple, list or dict of them. Their
+            shapes and dtypes are kept for exports, and inputs with a default that are among them stay inputs.
         info: JSON values to be kept with it, such as class names or the mean and deviation of the images.
 
     Raises:
-        ValueError: if the model cannot be traced, has a part that no saved network may have, or shares a parameter
-            between layers.
+        ValueError: if the model cannot be traced or run on the example input, has a part that no saved network may
+            have, shares a parameter between layers, or if the inputs or tensors are such as no file can hold.
         TypeError: for info that JSON cannot hold.
         OSError: where writing fails; what was there before stays as it was.
     """
-    network = trace(model)
-    tensors = tensors_of(network)
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    inputs: list[Any] = []
+    given = () if example_input is None else example_input
+    if not isinstance(given, tuple) or given:
+        given = positional(example_input)
+        check_placed(model, example_input)
+        inputs = describe_inputs(example_input)
+    network = trace(model, given or None)
     try:
-        _check_unshared(tensors)
+        tensors = _storable(tensors_of(network))
         architecture = describe(network)
-        build(json.loads(json.dumps(architecture)), plain)  # what cannot be loaded is not written
+        build(json.loads(json.dumps(architecture)), tensors)  # what cannot be loaded is not written
     except ArchitectureError as error:
         raise ValueError(f"{type(model).__name__} cannot be saved: {error}") from error
-    inputs = (example_input,) if isinstance(example_input, Tensor) else example_input or ()
-    content = {
-        "architecture": architecture,
-        "inputs": [{"shape": list(x.shape), "dtype": str(x.dtype).removeprefix("torch.")} for x in inputs],
-        "info": dict(info or {}),
-    }
-    write_sealed(Path(path), plain, _KEY, {"version": _VERSION}, content, "saved network")
+    content = {"architecture": architecture, "inputs": inputs, "info": dict(info or {})}
+    write_sealed(Path(path), tensors, _KEY, {"version": _VERSION}, content, "saved network")
 
 
-def _check_unshared(tensors: Mapping[str, Tensor]) -> None:
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as a file can hold them.
+
+    Raises:
+        ArchitectureError: for two that are one, and for one that no file can hold.
+    """
     owners: dict[int, str] = {}
     for name, tensor in tensors.items():
         other = owners.setdefault(id(tensor), name)
         if other != name:
             raise ArchitectureError(f"{other} and {name} are one tensor, which the file would make two of")
+    try:
+        return {name: plain(tensor, name, "saved network") for name, tensor in tensors.items()}
+    except TypeError as error:
+        raise ArchitectureError(str(error)) from error
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> fx.GraphModule:
@@ -98,7 +107,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> fx.GraphModule
         stored, tensors = read_sealed(Path(path), _KEY, _VERSION, "saved network")
         network = build(stored.get("architecture"), tensors)
         inputs, info = stored.get("inputs"), stored.get("info")
-        if not isinstance(info, dict) or not isinstance(inputs, list) or not all(map(_is_input, inputs)):
+        if not isinstance(info, dict) or not is_described(inputs):
             raise ArchitectureError("it does not say what its inputs are")
     except CheckpointError as error:
         raise NetworkFileError(str(error)) from error
@@ -108,10 +117,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> fx.GraphModule
     return network.to(device)
 
 
-def example_inputs(network: fx.GraphModule) -> tuple[Tensor, ...]:
+def example_inputs(network: fx.GraphModule) -> tuple[Any, ...]:
     """Return zeros like the example input that a loaded network was saved with; () where it was saved without."""
-    inputs = network.meta.get("inputs", [])
-    return tuple(torch.zeros(entry["shape"], dtype=DTYPES[entry["dtype"]]) for entry in inputs)
+    return tuple(zeros(network.meta.get("inputs", [])))
 
 
 def is_network_file(path: Path) -> bool:
@@ -121,12 +129,3 @@ def is_network_file(path: Path) -> bool:
             return _KEY.encode() in file.read(200)
     except OSError:
         return False
-
-
-def _is_input(entry: Any) -> bool:
-    if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"} or type(entry["dtype"]) is not str:
-        return False
-    shape = entry["shape"]
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 2**31 for n in shape):
-        return False
-    return entry["dtype"] in DTYPES and torch.Size(shape).numel() <= _LARGEST_INPUT

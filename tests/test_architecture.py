@@ -223,6 +223,12 @@ EVIL = "__import__('os').system('false')"
         (("nodes", 1, 2), [{"node": -1}]),
         (("nodes", 1, 2), [{"node": True}]),
         (("nodes", 1, 2), [{"dtype": "os"}]),
+        (("nodes", 1, 2), [{"key": "image"}]),  # of a module
+        (("nodes", 1), ["call_function", "operator.getitem", [{"node": 0}, {"key": EVIL}], {}]),
+        (("nodes", 1), ["call_function", "operator.getitem", [{"node": 0}, {"key": "a" * 101}], {}]),
+        (("nodes", 1), ["call_function", "operator.getitem", [{"node": 0}, "image"], {}]),
+        (("nodes", 1, 2), [{"dict": {EVIL: 1}}]),
+        (("nodes", 1, 2), [{"dict": []}]),
         (("nodes", 1, 2), [float("inf")]),
         (("nodes", 1, 2), [10**400]),
         (("nodes", 1, 2), [1]),

@@ -6,7 +6,12 @@ import random
 import re
 import resource
 import struct
+import sys
 import threading
+import tracemalloc
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import fastprune
-from fastprune import NetworkFileError, checkpoint, models, network_file
+from fastprune import NetworkFileError, architecture, checkpoint, models, network_file
+from fastprune.graph import trace
 
 
 class Small(nn.Module):
@@ -121,6 +127,250 @@ def test_models_that_cannot_be_saved_say_why_and_write_nothing(tmp_path: Path) -
     assert not list(tmp_path.iterdir())
 
 
+# ---- what cannot be loaded is not written ----
+
+INTEGERS = {
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+}
+COMPLEX = {torch.complex64, torch.complex128}
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+def made() -> Iterator[Tensor]:
+    """A tensor of each dtype; torch names more of them than it makes tensors of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of those that are experimental
+        for dtype in {value for value in vars(torch).values() if isinstance(value, torch.dtype)}:
+            with suppress(RuntimeError, NotImplementedError):
+                yield torch.zeros(4, dtype=dtype)
+
+
+EACH_DTYPE = sorted(made(), key=lambda tensor: str(tensor.dtype))
+
+
+class Holds(nn.Module):
+    """Has a tensor of its own."""
+
+    def __init__(self, tensor: Tensor, is_parameter: bool) -> None:
+        super().__init__()
+        if is_parameter:
+            self.own = nn.Parameter(tensor, requires_grad=False)
+        else:
+            self.register_buffer("own", tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.own])
+
+
+@pytest.mark.parametrize("is_parameter", [True, False], ids=["parameter", "buffer"])
+@pytest.mark.parametrize("tensor", EACH_DTYPE, ids=lambda tensor: str(tensor.dtype))
+def test_tensors_of_any_dtype_come_back_or_are_refused(tmp_path: Path, tensor: Tensor, is_parameter: bool) -> None:
+    path, model = tmp_path / "net", Holds(tensor, is_parameter)
+    if tensor.dtype not in INTEGERS | FLOATS:
+        with pytest.raises(ValueError, match=rf"cannot be saved: a saved network .*not {tensor.dtype}, .* at own"):
+            fastprune.save(model, path)
+        assert not path.exists()
+        return
+    fastprune.save(model, path)
+    (loaded,) = architecture.tensors_of(fastprune.load(path)).values()
+    assert loaded.dtype is tensor.dtype
+    assert torch.equal(loaded, tensor)
+
+
+@pytest.mark.parametrize("tensor", EACH_DTYPE, ids=lambda tensor: str(tensor.dtype))
+def test_inputs_of_any_dtype_come_back_or_are_refused(tmp_path: Path, tensor: Tensor) -> None:
+    path, dtype = tmp_path / "net", tensor.dtype
+    if dtype not in INTEGERS | FLOATS | COMPLEX:
+        with pytest.raises(ValueError, match="a file holds inputs of at most 8 dimensions, of float32, float64, "):
+            fastprune.save(nn.Sequential(nn.Flatten()), path, tensor[None])
+        assert not path.exists()
+        return
+    fastprune.save(nn.Sequential(nn.Flatten()), path, tensor[None])
+    (loaded,) = network_file.example_inputs(fastprune.load(path))
+    assert (loaded.dtype, loaded.shape) == (dtype, (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (
+            torch.zeros(1, 1, 1, 1, 1, 1, 1, 1, 2),
+            r"example_input is float32 \[1, .*: a file holds .* at most 8 dim",
+        ),
+        (torch.zeros(1).expand(2**15, 2**14), "268,435,456 elements together, .* take a smaller batch"),
+        ({"images of a": torch.zeros(1)}, "has the key 'images of a': those in a file are strings like"),
+        ({0: torch.zeros(1)}, "has the key 0"),
+        ((torch.zeros(1), 3), r"example_input\[1\] is 3: a file holds tensors as inputs"),
+        ([torch.zeros(1), None], r"example_input\[1\] is None: a file holds tensors as inputs"),
+        ("images", "example_input is 'images', without a tensor: expected is a tensor, or a tuple of"),
+        (random, "example_input is a module: expected is a tensor"),
+        (torch.zeros(1, 3, 8, 8, device="meta"), "example_input is on meta and the model on cpu: move it there"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_inputs_that_no_file_can_hold_are_refused(tmp_path: Path, example: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastprune.save(small(), tmp_path / "net", example)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_that_cannot_be_loaded_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential()
+    model.add_module("__hidden", nn.ReLU())
+    with pytest.raises(ValueError, match="saved: '__hidden' cannot be the name of a module"):
+        fastprune.save(model, tmp_path / "net")
+    with pytest.raises(ValueError, match=r"cannot be saved: a saved network holds .*, on meta, at 0.weight"):
+        fastprune.save(nn.Sequential(nn.Linear(2, 2, device="meta")), tmp_path / "net")
+
+
+# ---- inputs and outputs in dicts ----
+
+
+class InDicts(nn.Module):
+    """Takes and returns what some trainers hand around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
+        features = self.conv(batch["image"]) * batch["scales"][0]
+        return {"logits": features.mean((2, 3)), "more": {"features": features, "all": [features, (batch["image"],)]}}
+
+
+def test_dicts_and_lists_as_inputs_and_outputs_come_back(tmp_path: Path) -> None:
+    model = InDicts().eval()
+    batch = {"image": torch.randn(2, 3, 8, 8), "scales": [torch.randn(1), (torch.zeros(2, dtype=torch.int32),)]}
+    fastprune.save(model, tmp_path / "net", batch)
+    loaded = fastprune.load(tmp_path / "net")
+    (example,) = network_file.example_inputs(loaded)
+    assert torch.utils._pytree.tree_structure(example) == torch.utils._pytree.tree_structure(batch)
+    assert example["scales"][1][0].dtype is torch.int32
+    assert example["image"].shape == (2, 3, 8, 8)
+    with torch.no_grad():
+        found, expected = loaded(batch), model(batch)
+    assert found.keys() == expected.keys()
+    assert torch.equal(found["logits"], expected["logits"])
+    assert torch.equal(found["more"]["all"][1][0], batch["image"])
+
+
+def test_a_key_that_no_file_may_have_is_named(tmp_path: Path) -> None:
+    class Asks(nn.Module):
+        def forward(self, batch: dict[str, Tensor]) -> Any:
+            return {"out put": batch["image"].relu()}
+
+    with pytest.raises(ValueError, match=r"output output has the argument \{'out put': relu\}, which cannot be saved"):
+        fastprune.save(Asks(), tmp_path / "net")
+
+
+# ---- how much it takes ----
+
+
+def layers(count: int, kinds: Sequence[str] = ("Conv2d", "MaskedConv2d")) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The content of a file of so many small layers, their kinds by turns."""
+    (plain,) = architecture.describe(trace(nn.Sequential(nn.Conv2d(1, 1, 1, bias=False))))["modules"].values()
+    modules, tensors = {}, {}
+    nodes: list[Any] = [["placeholder", "x", [], {}]]
+    for i in range(count):
+        kind = kinds[i % len(kinds)]
+        modules[f"{i}"] = [kind, {} if kind == "Sigmoid" else plain[1]]
+        nodes.append(["call_module", f"{i}", [{"node": i}], {}])
+        if kind != "Sigmoid":
+            tensors[f"{i}.weight"] = torch.zeros(1, 1, 1, 1)
+        if kind == "MaskedConv2d":
+            tensors[f"{i}.mask"] = torch.ones(1, dtype=torch.bool)
+    nodes.append(["output", "output", [{"node": count}], {}])
+    return content(modules, nodes), tensors
+
+
+def content(modules: dict[str, Any], nodes: list[Any]) -> dict[str, Any]:
+    return {"architecture": {"modules": modules, "attributes": {}, "nodes": nodes}, "inputs": [], "info": {}}
+
+
+def calls_of_load(path: Path) -> int:
+    """How many functions are called: a measure of time that knows no noise."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        fastprune.load(path)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_the_time_to_load_grows_with_the_layers_and_not_with_their_square(tmp_path: Path) -> None:
+    calls = []
+    for count in (800, 1600):
+        forge(tmp_path / "net", *layers(count))
+        calls.append(calls_of_load(tmp_path / "net"))
+    assert calls[1] / calls[0] < 2.1
+
+
+def memory_of_load(path: Path) -> float:
+    """The most that Python has while it loads, as a multiple of the file's length."""
+    tracemalloc.start()
+    try:
+        with suppress(NetworkFileError):
+            fastprune.load(path)
+        return tracemalloc.get_traced_memory()[1] / path.stat().st_size
+    finally:
+        tracemalloc.stop()
+
+
+def wide(arguments: list[Any], name: str = "a") -> dict[str, Any]:
+    """A network whose second node reads a lot."""
+    nodes = [
+        ["placeholder", "x", [], {}],
+        ["call_module", name, [{"node": 0}], {}],
+        ["call_function", "torch.cat", [arguments], {}],
+        ["output", "output", [{"node": 2}], {}],
+    ]
+    return content({name: ["Sigmoid", {}]}, nodes)
+
+
+def within(containers: int) -> dict[str, Any]:
+    """A network whose layers are in modules in modules."""
+    made, _ = layers(1000, ["Sigmoid"])
+    text = json.dumps(made["architecture"])
+    inner = "." + "a." * (containers - 1) + "a"
+    made["architecture"] = json.loads(re.sub(r'"(\d+)"', rf'"\1{inner}"', text))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "multiple"),
+    [
+        (layers(1000)[0], 60),
+        (layers(1000, ["Sigmoid"])[0], 150),
+        (within(4), 250),
+        (within(19), 30),  # refused
+        (wide([{"node": 1}] * 10_000), 120),
+        (wide([{"node": 1}] * 10_000, ".".join(["a" * 200] * 20)), 120),  # a long name, read often
+        (wide([{"node": 1}, *[[]] * 10_000]), 400),
+        (wide([{"node": 1}, *[[]] * 1_000_001]), 60),  # refused
+        ({**wide([]), "info": {"x": [[]] * 10_000}}, 30),
+        ({**wide([]), "inputs": [{"list": [{"list": []}] * 10_000}]}, 30),
+    ],
+    ids=["convolutions", "small", "nested", "deep", "reads", "names", "lists", "more lists", "info", "inputs"],
+)
+def test_no_description_takes_more_memory_than_a_multiple_of_its_length(
+    tmp_path: Path, made: dict[str, Any], multiple: float
+) -> None:
+    forge(tmp_path / "net", made, {})
+    assert memory_of_load(tmp_path / "net") < multiple
+
+
+def test_tensors_take_twice_the_file_while_they_are_read(tmp_path: Path) -> None:
+    fastprune.save(nn.Sequential(nn.Linear(2000, 1000)), tmp_path / "net")
+    assert memory_of_load(tmp_path / "net") < 2.1
+
+
 # ---- files that are not what save wrote ----
 
 
@@ -212,6 +462,11 @@ NASTY: list[Any] = [
     *([], {}, [[]], [None], {"node": 0}, {"node": 10**9}, {"tuple": [2**31 - 1] * 6}, {"tuple": []}, {"dtype": "bool"}),
     *(
         {"slice": [None, None, 0]},
+        {"key": "x"},
+        {"key": "__class__"},
+        {"dict": {"a": {"node": 0}}},
+        {"dict": {"a'": 1}},
+        {"list": [{"shape": [2**31 - 1] * 8, "dtype": "int16"}]},
         {"ellipsis": True},
         {"node": 0, "tuple": []},
         {"unknown": 1},
