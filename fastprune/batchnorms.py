@@ -1,50 +1,52 @@
-"""The BatchNorm behind each convolution of a model."""
+"""The normalisation behind each convolution of a model that divides by the deviation of a batch or an image."""
+
+from __future__ import annotations
 
 import warnings
 
-from torch import fx, nn
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from .nn import MaskedConv2d
+from .graph import trace_as_is
 
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, MaskedConv2d) or super().is_leaf_module(m, module_qualified_name)
+__all__ = ["following_batchnorms"]
 
 
-def following_batchnorms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+def following_batchnorms(model: nn.Module) -> dict[str, _NormBase]:
     """The BatchNorm that reads each convolution's output, by the convolution's name.
+
+    Of every kind, ``SyncBatchNorm`` and subclasses, too, and ``InstanceNorm``: their backward divides by
+    ``√(variance + ε)``. That of normalisations with statistics that stay, such as torchvision's ``FrozenBatchNorm2d``,
+    does not.
 
     Read off the graph of the model (torch.fx). A model that cannot be traced is read in the order its modules are
     registered, with a warning: the next BatchNorm of as many channels, if no other convolution comes first.
     """
-    modules = dict(model.named_modules())
     try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # tracing runs the user's code: anything may come
+        network = trace_as_is(model)
+    except ValueError as error:
         warnings.warn(
-            f"the model cannot be traced ({error}): "
-            f"the BatchNorm behind each convolution is taken from the modules' order",
+            f"{error}: the BatchNorm behind each convolution is taken from the modules' order",
             stacklevel=3,
         )
-        return _batchnorms_in_order(modules)
-    found = {}
-    for node in graph.nodes:
-        if node.op == "call_module" and isinstance(modules[node.target], nn.Conv2d):
+        return _batchnorms_in_order(model)
+    modules, found = dict(network.named_modules()), {}
+    for node in network.graph.nodes:
+        if node.op == "call_module" and isinstance(modules[str(node.target)], nn.Conv2d):
             for user in node.users:
-                after = modules.get(user.target) if user.op == "call_module" else None
-                if isinstance(after, nn.BatchNorm2d):
-                    found[node.target] = after
+                after = modules.get(str(user.target)) if user.op == "call_module" else None
+                if isinstance(after, _NormBase):
+                    found[str(node.target)] = after
     return found
 
 
-def _batchnorms_in_order(modules: dict[str, nn.Module]) -> dict[str, nn.BatchNorm2d]:
-    found: dict[str, nn.BatchNorm2d] = {}
+def _batchnorms_in_order(model: nn.Module) -> dict[str, _NormBase]:
+    found: dict[str, _NormBase] = {}
     last: tuple[str, nn.Conv2d] | None = None
-    for name, module in modules.items():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             last = (name, module)
-        elif isinstance(module, nn.BatchNorm2d) and last and module.num_features == last[1].out_channels:
+        elif isinstance(module, _NormBase) and last and module.num_features == last[1].out_channels:
             found[last[0]] = module
             last = None
     return found

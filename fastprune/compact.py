@@ -4,77 +4,32 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.optim.swa_utils import update_bn
 
 from . import onednn
-from .channels import Analysis, Channels, Ids, Read, Sum, analyse, effective_weights, is_depthwise
+from .channels import analyse, effective_weights, is_depthwise, is_layer
+from .compact_report import CompactReport, LayerChange
 from .graph import trace
+from .keep import Selected
+from .nn import MaskedConv2d
 from .scatter import Scatter
+from .shrink import Origins, Shrunk, is_channels_last
 
-__all__ = ["CompactReport", "LayerChange", "carry_optimizer", "compact"]
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """One convolution or linear layer.
-
-    Attributes:
-        name: in the model.
-        filters: before.
-        pruned: filters that are zero.
-        kept: filters of the small network.
-        inputs: channels (features) that it reads, before and after.
-        why: why pruned filters are kept; empty where none is.
-    """
-
-    name: str
-    filters: int
-    pruned: int
-    kept: int
-    inputs: tuple[int, int]
-    why: str
-
-
-@dataclass(frozen=True)
-class CompactReport:
-    """What :func:`compact` did; prints as a table.
-
-    Attributes:
-        layers: of the network, in order.
-        parameters: before and after.
-        unsafe: layers whose training on this CPU runs into a fault of PyTorch's, see :mod:`fastprune.onednn`.
-    """
-
-    layers: tuple[LayerChange, ...]
-    parameters: tuple[int, int]
-    unsafe: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        width = max([len("layer"), *(len(layer.name) for layer in self.layers)])
-        lines = [f"{'layer':<{width}}  filters  pruned   kept   inputs           pruned, but kept"]
-        for row in self.layers:
-            inputs = f"{row.inputs[0]:,} -> {row.inputs[1]:,}"
-            lines.append(f"{row.name:<{width}}  {row.filters:7,}{row.pruned:8,}{row.kept:7,}   {inputs:<15}  {row.why}")
-        before, after = self.parameters
-        lines.append(f"parameters: {before:,} -> {after:,} ({after / max(before, 1):.1%})")
-        if self.unsafe:
-            lines.append(
-                f"before training it here in float32 and channels_last, call fastprune.onednn.protect(model): "
-                f"PyTorch's gradient of {', '.join(self.unsafe)} corrupts memory on this CPU (docs/known_problems.md)"
-            )
-        return "\n".join(lines)
+__all__ = ["CompactModel", "CompactReport", "LayerChange", "carry_optimizer", "compact"]
 
 
 class CompactModel(fx.GraphModule):
     """A small network made by :func:`compact`: ordinary layers and the graph that calls them.
+
+    Copies and pickles of it have both attributes; what :func:`torch.jit.script` or :func:`fastprune.save` make of it
+    has none.
 
     Attributes:
         report: what was done.
@@ -83,13 +38,34 @@ class CompactModel(fx.GraphModule):
     """
 
     report: CompactReport
-    origins: dict[str, tuple[Tensor | None, ...]]
+    origins: Origins
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactModel:
+        twin = super().__deepcopy__(memo)
+        assert isinstance(twin, CompactModel)
+        twin.report, twin.origins = self.report, copy.deepcopy(self.origins, memo)
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self).__name__, self.report, self.origins, *super().__reduce__())
+
+
+def _restored(
+    name: str, report: CompactReport, origins: Origins, build: Callable[..., fx.GraphModule], parts: tuple[Any, ...]
+) -> CompactModel:
+    network = build(*parts)
+    restored = CompactModel(network, network.graph, name)
+    restored.train(network.training)
+    for path, module in network.named_modules():
+        restored.get_submodule(path).training = module.training
+    restored.report, restored.origins = report, origins
+    return restored
 
 
 @torch.no_grad()
 def compact(
     model: nn.Module,
-    example_input: Tensor | tuple[Any, ...],
+    example_input: Any,
     round_to: int = 1,
     masks: Mapping[str, Tensor] | None = None,
     *,
@@ -112,8 +88,9 @@ def compact(
     Args:
         model: masked by fastprune (or with filters of zeros); not changed. Its forward must be one that torch.fx
             traces, see :func:`fastprune.graph.trace`.
-        example_input: for shapes; nothing is computed with it. The small network takes other batch and image sizes as
-            far as the model does.
+        example_input: for shapes; nothing is computed with it. A tensor, or a tuple of positional inputs, which are
+            those of the small network, see :func:`fastprune.graph.trace`. It takes other batch and image sizes as far
+            as the model does.
         round_to: channels of each layer come in multiples of it, by keeping pruned ones.
         masks: by name of a convolution or linear layer, bool ``[F]`` or of the weight's shape, True is kept; instead
             of those in the model.
@@ -127,303 +104,103 @@ def compact(
         biases where constants went.
 
     Raises:
-        ValueError: for a model that cannot be traced, unknown names in ``masks``, ``round_to`` below 1, and
-            ``recalibrate`` with ``exact``.
+        ValueError: for a model that cannot be traced, an example that it does not take, weights that are not finite,
+            masks that fit no layer, ``round_to`` below 1, and ``recalibrate`` with ``exact``.
+
+    Warns:
+        If the model is masked and no filter is pruned.
     """
-    if round_to < 1:
-        raise ValueError(f"round_to must be at least 1, got {round_to}")
+    if type(round_to) is not int or round_to < 1:
+        raise ValueError(f"round_to must be an integer of at least 1, got {round_to!r}")
     if exact and recalibrate is not None:
         raise ValueError("recalibrate takes statistics anew, which is not exact: it is for exact=False")
     network = trace(model, example_input)
-    layers = {name for name, module in network.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-    if unknown := sorted((masks or {}).keys() - layers):
-        raise ValueError(f"masks: {', '.join(unknown)} is no convolution or linear layer of this model")
+    _check_masks(network, masks or {})
     weights = effective_weights(network, masks or {})
-    analysis = analyse(network, weights, exact)
-    selected = _Selected(analysis, round_to)
+    _check_weights(weights)
+    _warn_if_unpruned(network, masks)
+    selected = Selected(analyse(network, weights, exact), round_to)
     small = CompactModel(copy.deepcopy(network), copy.deepcopy(network.graph), type(model).__name__)
-    origins: dict[str, tuple[Tensor | None, ...]] = {}
-    rows = []
+    small.origins = {}
     for node in network.graph.nodes:
         if node.op == "call_module":
-            module = network.get_submodule(str(node.target))
-            made, rows_of = _Shrunk(selected, node, module).made()
+            made, origins = Shrunk(selected, node, network.get_submodule(str(node.target))).made()
             if made is not None:
                 small.set_submodule(str(node.target), made)
-                origins.update({f"{node.target}.{name}": index for name, index in rows_of.items()})
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    rows.append(_change(selected, node, module, made))
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):  # its branch is constant
-                rows.append(_change(selected, node, module, None))
+                small.origins.update({f"{node.target}.{name}": index for name, index in origins.items()})
     _scatter_branches(selected, small)
-    counts = [sum(p.numel() for p in net.parameters()) for net in (network, small)]
-    unsafe = tuple(onednn.unsafe_layers(small))
-    small.report, small.origins = CompactReport(tuple(rows), (counts[0], counts[1]), unsafe), origins
+    small.report = _report(selected, network, small)
     if recalibrate is not None:
         update_bn(recalibrate, small, device=next(small.parameters()).device)
     return small
 
 
-@dataclass
-class _Selected:
-    """Which channels stay, and why those that could have gone."""
-
-    analysis: Analysis
-    round_to: int
-    kept: set[int] = field(default_factory=set)
-    why: dict[int, str] = field(default_factory=dict)
-    shifts: dict[fx.Node, Tensor] = field(default_factory=dict)  # that BatchNorms take over, see _Shrunk
-
-    def __post_init__(self) -> None:
-        for read in self.analysis.reads:
-            self._keep_what_is_needed(read)
-        for read in self.analysis.reads:
-            if read.how == "padded":
-                for group in np.unique(np.flatnonzero(self._weighed(read)) * read.groups // len(read.channels.ids)):
-                    self._keep_a_carrier(read, int(group))
-        layers = [node for node in self.analysis.network.graph.nodes if self._is_layer(node)]
-        grouped = [read for read in self.analysis.reads if read.groups > 1]
-        before = -1
-        while before < len(self.kept):
-            # Layers share channels: what one has to keep may bring another out of step.
-            before = len(self.kept)
-            for node in layers:
-                self._keep_multiple(self.analysis.results[node])
-            for node, own in self.analysis.sums.items():
-                self._keep_what_a_branch_writes(node, own)
-            for read in grouped:
-                self._keep_groups_alike(read)
-
-    def _is_layer(self, node: fx.Node) -> bool:
-        if node.op != "call_module" or node not in self.analysis.results:
-            return False
-        return isinstance(self.analysis.network.get_submodule(str(node.target)), (nn.Conv2d, nn.Linear))
-
-    def index(self, channels: Channels) -> Ids:
-        """The positions, among these channels, of those that stay."""
-        return np.flatnonzero([root in self.kept for root in self.analysis.roots(channels.ids).tolist()])
-
-    def _keep(self, root: int, why: str) -> None:
-        if root not in self.kept:
-            self.kept.add(root)
-            self.why[root] = why
-
-    def _keep_what_is_needed(self, read: Read) -> None:
-        computed = np.isnan(read.channels.constants)
-        needed = computed & self._weighed(read) if read.how != "all" else np.ones_like(computed)
-        if read.how == "all":
-            target = read.node.target if isinstance(read.node.target, str) else read.node.name
-            why = "the output" if read.node.op == "output" else f"read whole by {target}"
-        else:
-            why = f"not constant for {read.node.target}"
-        for root in self.analysis.roots(read.channels.ids[needed]).tolist():
-            self._keep(root, why)
-
-    def _weighed(self, read: Read) -> NDArray[np.bool_]:
-        """Which channels a layer multiplies by weights that are not 0 all: those of groups with a filter."""
-        written = np.isnan(self.analysis.results[read.node].constants).reshape(read.groups, -1)
-        return written.any(1).repeat(len(read.channels.ids) // read.groups)
-
-    def carrier(self, read: Read, group: int = 0) -> int | None:
-        """The position of the constant channel that carries the others' shares: the largest of those that stay."""
-        sizes = np.abs(np.nan_to_num(read.channels.constants))
-        stay = np.intersect1d(self.index(read.channels), _span(read.channels, group, read.groups))
-        best = max(stay.tolist(), key=lambda i: sizes[i], default=None)
-        return best if best is not None and sizes[best] > 0 else None
-
-    def _keep_a_carrier(self, read: Read, group: int) -> None:
-        constants, stays = read.channels.constants, self.index(read.channels)
-        span = _span(read.channels, group, read.groups)
-        gone = np.setdiff1d(span[np.nan_to_num(constants[span]) != 0], stays)
-        if len(gone) and self.carrier(read, group) is None:
-            best = gone[np.abs(constants[gone]).argmax()]
-            self._keep(self.analysis.root(int(read.channels.ids[best])), f"carries constants to {read.node.target}")
-
-    def _keep_multiple(self, channels: Channels) -> None:
-        """Keep more until there is one channel, and a multiple."""
-        stay = len(self.index(channels))
-        wanted = min(-(-max(stay, 1) // self.round_to) * self.round_to, len(channels.ids))
-        self._keep_more(channels.ids, wanted, "round_to" if self.round_to > 1 else "the last of its layer")
-
-    def _keep_what_a_branch_writes(self, node: fx.Node, own: Sum) -> None:
-        """Keep in the stream what a branch has for other reasons than that it is needed there."""
-        if not own.is_constant:
-            ids = self.analysis.results[node].ids[self.index(own.channels)]
-            self._keep_more(ids, len(ids), f"added to by {own.branch.target}")
-
-    def _keep_groups_alike(self, read: Read) -> None:
-        """Keep as many inputs and filters in each group that has any."""
-        sides = read.channels, self.analysis.results[read.node]
-        spans = [[side.ids[_span(side, group, read.groups)] for group in range(read.groups)] for side in sides]
-        counts = np.array([[self._count(ids) for ids in side] for side in spans])
-        alive = counts.any(0)
-        for side, most in zip(spans, counts.max(1), strict=True):
-            for group in np.flatnonzero(alive):
-                self._keep_more(side[group], max(int(most), 1), f"groups of {read.node.target} are alike")
-
-    def _count(self, ids: Ids) -> int:
-        return sum(root in self.kept for root in self.analysis.roots(ids).tolist())
-
-    def _keep_more(self, ids: Ids, wanted: int, why: str) -> None:
-        """Keep the first of those that would go until so many stay."""
-        roots = self.analysis.roots(ids).tolist()
-        stay = self._count(ids)
-        for root in roots:
-            if stay >= wanted:
-                return
-            if root not in self.kept:
-                self._keep(root, why)
-                stay += roots.count(root)
+def _check_masks(network: fx.GraphModule, masks: Mapping[str, Tensor]) -> None:
+    modules = dict(network.named_modules())
+    read = {str(node.target).rpartition(".")[0] for node in network.graph.nodes if node.op == "get_attr"}
+    for name, mask in masks.items():
+        if name not in modules or not is_layer(modules[name]):
+            kind = f"a {type(modules[name]).__name__}" if name in modules else "no layer that the forward calls"
+            raise ValueError(f"masks: {name} is {kind}, and masks are for Conv2d and Linear layers of this model")
+        if name in read:
+            raise ValueError(f"masks: the forward also reads the weights of {name} by itself, which no mask reaches")
+        shape = modules[name].get_parameter("weight").shape
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in (shape, shape[:1]):
+            came = f"{mask.dtype} of {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"masks: the mask of {name} must be bool of shape {list(shape[:1])} or {list(shape)}, got {came}"
+            )
 
 
-def _span(channels: Channels, group: int, groups: int) -> Ids:
-    """The positions of a group's channels."""
-    each = len(channels.ids) // groups
-    return np.arange(group * each, (group + 1) * each)
+def _check_weights(weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{name} has weights that are NaN or infinite: the network computes nothing that could be kept; "
+                f"go back to a checkpoint from before"
+            )
 
 
-class _Shrunk:
-    """One module of the small network."""
-
-    def __init__(self, selected: _Selected, node: fx.Node, module: nn.Module) -> None:
-        self.selected, self.node, self.module = selected, node, module
-        results = selected.analysis.results
-        self.source = results.get(node.all_input_nodes[0]) if node.all_input_nodes else None
-        self.result = results.get(node)
-
-    def made(self) -> tuple[nn.Module | None, dict[str, tuple[Tensor | None, ...]]]:
-        """The module and, by parameter and buffer, the indices taken; None for one that stays as it is."""
-        if self.source is None or self.result is None:
-            return None, {}
-        if isinstance(self.module, nn.Linear) and not self._pinned():
-            return self._linear(self.module)
-        if isinstance(self.module, nn.Conv2d):
-            return self._convolution(self.module)
-        if isinstance(self.module, (nn.BatchNorm1d, nn.BatchNorm2d)) and not self._pinned():
-            return self._batch_norm(self.module)
-        return None, {}
-
-    def _pinned(self) -> bool:
-        """Whether the analysis did not know what to make of it, so that it is as large as before."""
-        assert self.source is not None
-        return any(read.node is self.node and read.how == "all" for read in self.selected.analysis.reads)
-
-    def _indices(self) -> tuple[Tensor, Tensor]:
-        assert self.source is not None
-        assert self.result is not None
-        device = next(self.module.parameters()).device
-        taken = (self.selected.index(channels) for channels in (self.result, self.source))
-        rows, columns = (torch.from_numpy(index).to(device) for index in taken)
-        return rows, columns
-
-    def _weight_and_bias(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
-        """The smaller weight, float64, and the bias, the constants of what is gone in them; the weight's origin."""
-        assert self.source is not None
-        (read,) = (read for read in self.selected.analysis.reads if read.node is self.node)
-        full = self.selected.analysis.weights[str(self.node.target)].double()
-        constants = torch.from_numpy(np.nan_to_num(self.source.constants)).to(full.device)
-        constants[columns] = 0  # they are computed
-        weights, shares, origins = [], [], []
-        for group in range(read.groups):
-            first, each = group * full.shape[1], len(full) // read.groups
-            own_rows = rows[rows // each == group]
-            if not len(own_rows):
-                continue  # nor inputs
-            own = columns[columns // full.shape[1] == group] - first
-            block, gone = full[own_rows], constants[first : first + full.shape[1]]
-            weight, share = block[:, own], torch.einsum("fc...,c->f...", block, gone)
-            if read.how == "padded" and share.any():
-                carrier = self.selected.carrier(read, group)
-                assert carrier is not None
-                weight[:, int((own == carrier - first).nonzero())] += share / float(self.source.constants[carrier])
-                share = torch.zeros_like(share)
-            weights.append(weight)
-            shares.append(share.flatten(1).sum(1) if share.dim() > 1 else share)
-            origins.append(own.expand(len(own_rows), -1))
-        weight, total = torch.cat(weights), torch.cat(shares)
-        origin = (rows, columns if read.groups == 1 else torch.cat(origins))
-        bias = self.module.bias.detach().double()[rows] if isinstance(self.module.bias, Tensor) else None
-        if bias is None and total.any() and (norm := self._norm_behind()) is not None:
-            self.selected.shifts[norm] = total
-            total = torch.zeros_like(total)
-        if total.any():
-            bias = total if bias is None else bias + total
-        return weight, bias, origin
-
-    def _norm_behind(self) -> fx.Node | None:
-        """The BatchNorm that alone reads this layer: it subtracts its mean, and a bias before it would be of no use."""
-        (user, *others) = self.node.users or (self.node,)
-        if others or user.op != "call_module" or user not in self.selected.analysis.results:
-            return None
-        module = self.selected.analysis.network.get_submodule(str(user.target))
-        calls = [node for node in self.node.graph.nodes if node.op == "call_module" and node.target == user.target]
-        is_norm = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.running_mean is not None
-        pinned = any(read.node is user and read.how == "all" for read in self.selected.analysis.reads)
-        return user if is_norm and len(calls) == 1 and not pinned else None
-
-    def _linear(self, module: nn.Linear) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
-        rows, columns = self._indices()
-        weight, bias, origin = self._weight_and_bias(rows, columns)
-        made = nn.Linear(len(columns), len(rows), bias is not None, module.weight.device, module.weight.dtype)
-        return _filled(made, module, weight, bias), {"weight": origin, "bias": (rows,)}
-
-    def _convolution(self, module: nn.Conv2d) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
-        rows, columns = self._indices()
-        groups = module.groups
-        origin: tuple[Tensor | None, ...]
-        if self._pinned() or is_depthwise(module):
-            rows = torch.arange(module.out_channels) if self._pinned() else rows
-            weight = self.selected.analysis.weights[str(self.node.target)].double()[rows]
-            bias = None if module.bias is None else module.bias.detach().double()[rows]
-            groups, origin = groups if self._pinned() else len(rows), (rows, None)
-        else:
-            weight, bias, origin = self._weight_and_bias(rows, columns)
-            groups = len(torch.unique(rows // (module.out_channels // groups)))
-        made = nn.Conv2d(
-            weight.shape[1] * groups,
-            len(weight),
-            module.kernel_size,  # type: ignore[arg-type]
-            module.stride,  # type: ignore[arg-type]
-            module.padding,  # type: ignore[arg-type]
-            module.dilation,  # type: ignore[arg-type]
-            groups,
-            bias is not None,
-            module.padding_mode,
-            module.weight.device,
-            module.weight.dtype,
+def _warn_if_unpruned(network: fx.GraphModule, masks: Mapping[str, Tensor] | None) -> None:
+    layers = [module for module in network.modules() if isinstance(module, MaskedConv2d)]
+    if layers and not masks and all(bool(layer.mask.all()) for layer in layers):
+        warnings.warn(
+            "compact: the masks keep every filter, so that nothing is removed. A pruner updates them before every "
+            "`every`-th step; pruner.update() does it now",
+            stacklevel=4,
         )
-        return _filled(made, module, weight, bias), {"weight": origin, "bias": (rows,)}
-
-    def _batch_norm(
-        self, module: nn.BatchNorm1d | nn.BatchNorm2d
-    ) -> tuple[nn.Module, dict[str, tuple[Tensor | None, ...]]]:
-        made = copy.deepcopy(module)
-        rows = torch.from_numpy(self.selected.index(self.source))  # type: ignore[arg-type]
-        made.num_features = len(rows)
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if tensor.dim() == 1:
-                getattr(made, name).data = tensor.detach()[rows.to(tensor.device)].clone()
-        if self.node in self.selected.shifts:
-            assert made.running_mean is not None
-            made.running_mean -= self.selected.shifts[self.node]
-        return made, dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (rows,))
 
 
-def _filled(made: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """The layer with these values, laid out, frozen and in the mode as the one it comes of."""
-    for name, value in (("weight", weight), ("bias", bias)):
-        parameter = getattr(made, name)
-        if value is not None:
-            parameter.copy_(value)
-            parameter.requires_grad_(module.weight.requires_grad)
-    if _is_channels_last(module.get_parameter("weight")):
-        made = made.to(memory_format=torch.channels_last)
-    return made.train(module.training)
+def _report(selected: Selected, network: fx.GraphModule, small: CompactModel) -> CompactReport:
+    """What became of each layer, read off the small network itself."""
+    before, after = dict(network.named_modules()), dict(small.named_modules())
+    called = dict.fromkeys(str(node.target) for node in network.graph.nodes if node.op == "call_module")
+    rows = [_change(selected, name, before[name], after.get(name)) for name in called if is_layer(before[name])]
+    counts = [sum(p.numel() for p in net.parameters()) for net in (network, small)]
+    return CompactReport(tuple(rows), (counts[0], counts[1]), tuple(onednn.unsafe_layers(small)))
 
 
-def _scatter_branches(selected: _Selected, small: CompactModel) -> None:
+def _change(selected: Selected, name: str, module: nn.Module, made: nn.Module | None) -> LayerChange:
+    weight, analysis = selected.analysis.weights[name], selected.analysis
+    zero = (weight.flatten(1) == 0).all(1).cpu().numpy()
+    if made is None:  # its branch is constant
+        return LayerChange(name, len(weight), int(zero.sum()), 0, (weight.shape[1], 0), "")
+    before, after = (tuple(layer.get_parameter("weight").shape) for layer in (module, made))
+    why: dict[str, int] = {}
+    node = next(node for node in analysis.network.graph.nodes if node.op == "call_module" and node.target == name)
+    channels = analysis.results.get(node)
+    if channels is not None and not is_depthwise(module):
+        kept = range(len(zero)) if after[0] == before[0] else selected.index(channels).tolist()
+        for position in (position for position in kept if zero[position]):
+            reason = selected.why.get(analysis.root(int(channels.ids[position])), f"{name} stays whole")
+            why[reason] = why.get(reason, 0) + 1
+    text = ", ".join(f"{count}: {reason}" for reason, count in why.items())
+    return LayerChange(name, before[0], int(zero.sum()), after[0], (before[1], after[1]), text)
+
+
+def _scatter_branches(selected: Selected, small: CompactModel) -> None:
     """Let branches that have fewer channels than their streams be added to those; leave out what is constant."""
-    analysis, parameter = selected.analysis, next(small.parameters())
+    analysis = selected.analysis
     twins = dict(zip(analysis.network.graph.nodes, small.graph.nodes, strict=True))
     for node, own in analysis.sums.items():
         stay = selected.index(analysis.results[node])
@@ -432,7 +209,7 @@ def _scatter_branches(selected: _Selected, small: CompactModel) -> None:
             continue
         constants = own.channels.constants[stay]
         constants[np.searchsorted(stay, written)] = 0  # they are computed
-        scatter = Scatter(len(stay), len(written)).to(parameter.device, parameter.dtype)
+        scatter = Scatter(len(stay), len(written)).to(_device_of(own.branch, analysis.network), node.meta["dtype"])
         scatter.index.copy_(torch.from_numpy(np.searchsorted(stay, written)))
         scatter.constant.copy_(torch.from_numpy(constants).view(-1, 1, 1))
         name = next(f"scatter_{i}" for i in itertools.count() if not hasattr(small, f"scatter_{i}"))
@@ -447,20 +224,15 @@ def _scatter_branches(selected: _Selected, small: CompactModel) -> None:
     small.recompile()
 
 
-def _change(selected: _Selected, node: fx.Node, module: nn.Module, made: nn.Module | None) -> LayerChange:
-    weight = selected.analysis.weights[str(node.target)]
-    zero = (weight.flatten(1) == 0).all(1).cpu().numpy()
-    if made is None:
-        return LayerChange(str(node.target), len(weight), int(zero.sum()), 0, (weight.shape[1], 0), "")
-    before, after = (tuple(layer.get_parameter("weight").shape) for layer in (module, made))
-    why: dict[str, int] = {}
-    channels = selected.analysis.results[node]
-    if not is_depthwise(module):
-        for position in np.intersect1d(selected.index(channels), np.flatnonzero(zero)):
-            reason = selected.why[selected.analysis.root(int(channels.ids[position]))]
-            why[reason] = why.get(reason, 0) + 1
-    text = ", ".join(f"{count}: {reason}" for reason, count in why.items())
-    return LayerChange(str(node.target), before[0], int(zero.sum()), after[0], (before[1], after[1]), text)
+def _device_of(node: fx.Node, network: fx.GraphModule) -> torch.device:
+    """Where a node computes: where the layers before it are."""
+    waiting = [node]
+    for source in waiting:
+        if source.op == "call_module":
+            for tensor in network.get_submodule(str(source.target)).parameters():
+                return tensor.device
+        waiting += [before for before in source.all_input_nodes if before not in waiting]
+    return torch.device("cpu")
 
 
 def carry_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, small: CompactModel) -> torch.optim.Optimizer:
@@ -514,10 +286,4 @@ def _taken(value: Any, old: Tensor, origin: Iterable[Tensor | None]) -> Any:
             value = value.index_select(dim, index.to(value.device))
         elif index is not None:
             value = value.take_along_dim(index.to(value.device).view(*index.shape, *[1] * (value.dim() - 2)), dim)
-    return value.clone(memory_format=torch.channels_last if _is_channels_last(old) else torch.contiguous_format)
-
-
-def _is_channels_last(weight: Tensor) -> bool:
-    """Whether it is so and not, as 1×1 kernels are, contiguous as well."""
-    own = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return own and not weight.is_contiguous()
+    return value.clone(memory_format=torch.channels_last if is_channels_last(old) else torch.contiguous_format)

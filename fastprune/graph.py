@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
-from .nn import MaskedConv2d
-from .scatter import Scatter
-from .stochastic_depth import is_stochastic_depth, stochastic_depth
+from .in_place import redirect_readers
+from .torchvision_layers import stochastic_depth
+from .tracer import Settled, Tracer, is_drop_path, place_of, with_constants
 
-__all__ = ["shape", "trace"]
+__all__ = ["shape", "trace", "trace_as_is"]
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     functional.dropout: nn.Dropout,
@@ -36,46 +37,54 @@ _LAYERS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
 _LINEAR = inspect.signature(lambda input, weight, bias=None: None)
 
 
-def trace(model: nn.Module, example_input: Tensor | tuple[Any, ...] | None = None) -> fx.GraphModule:
+def trace(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
     """Return the graph of ``model``: a ``GraphModule`` that computes the same, in train mode and in eval mode.
 
-    It is made of modules of ``torch.nn``, :class:`MaskedConv2d`, ``Scatter``, ``torchvision.ops.StochasticDepth``,
-    functions, methods of tensors, and parameters. Modules keep their names, so that its ``state_dict`` is the model's
-    but for what the forward does not use. What belongs together is put together: a BatchNorm with an activation of its
-    own becomes a BatchNorm and an activation (``<name>_act``), a function of a layer's own parameters that layer, a
-    function of dropout a module, timm's ``DropPath`` a ``StochasticDepth``. ``Identity`` and assertions are left out,
-    and arguments with a default are settled at it. Hooks are not part of it.
+    It is made of modules of ``torch.nn``, :class:`MaskedConv2d`, ``Scatter``, torchvision's ``StochasticDepth`` and
+    ``FrozenBatchNorm2d``, functions, methods of tensors, parameters and buffers. Modules keep their names, so that its
+    ``state_dict`` is the model's but for what the forward does not use. What belongs together is put together: a
+    BatchNorm with an activation of its own becomes a BatchNorm and an activation (``<name>_act``), a function of a
+    layer's own parameters that layer, a function of dropout a module, timm's ``DropPath`` a ``StochasticDepth``.
+    ``Identity`` and assertions are left out. Tensors that the forward makes become buffers, ``_tensor_constant<i>``.
+    Operations that write to their input stay; whoever reads that tensor afterwards reads their result.
 
     Args:
-        model: not changed. Parameters and buffers are shared with it, not copied, and so are modules.
-        example_input: if given, every node has the shape of its result, see :func:`shape`. A tensor or a tuple of
-            positional inputs; nothing is computed.
+        model: not changed. Parameters and buffers are shared with it, not copied, and so are modules and their hooks.
+        example_input: if given, every node has the shape of its result, see :func:`shape`; nothing is computed. A
+            tensor, or a tuple of positional inputs, each a tensor or a tuple, list or dict with tensors. The graph
+            takes these inputs; one that is no tensor (a flag, None) is settled at that value, and the arguments that
+            are not given at their defaults. Without an example all defaults are settled.
 
     Raises:
-        ValueError: if the forward decides by values, or does other things in train mode than in eval mode.
+        ValueError: if the forward decides by values, does other things in train mode than in eval mode, or writes to
+            memory that is read in another way; or if the example is not what it takes.
     """
+    settled = Settled(model, example_input)
     graphs = []
     for training in (True, False):
         with _mode(model, training):
-            graphs.append(_Rewriter(model).traced)
+            graphs.append(_Rewriter(model, settled).traced)
     _must_agree(*graphs)
     traced = graphs[1]
     traced.train(model.training)
+    own = dict(traced.named_modules())
     for name, module in model.named_modules():
-        if name in (own := dict(traced.named_modules())):
+        if name in own:
             own[name].training = module.training
     if example_input is not None:
-        inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-        with _mode(traced, False), torch.no_grad():
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            fake = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
-            ShapeProp(traced, fake_mode=mode).propagate(*fake)
+        with _mode(traced, False):
+            _propagate_shapes(traced, settled)
     return traced
+
+
+def trace_as_is(model: nn.Module) -> fx.GraphModule:
+    """The graph of what ``model`` does in the mode that it is in; see :func:`trace`, which also asks for the other."""
+    return _Rewriter(model, Settled(model, None)).traced
 
 
 def shape(node: fx.Node) -> torch.Size | None:
     """The shape of a node's result, if that is one tensor and the graph was traced with an example input."""
-    found = getattr(node.meta.get("tensor_meta"), "shape", None)
+    found = node.meta.get("shape")
     return found if isinstance(found, torch.Size) else None
 
 
@@ -90,17 +99,32 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = was
 
 
-class _Tracer(fx.Tracer):
-    """Goes into every module but those of torch.nn and the few whose own forward asks for ``training``."""
+def _propagate_shapes(traced: fx.GraphModule, settled: Settled) -> None:
+    """Let every node know the shape and the dtype of its result. Nothing is computed."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        fake = [pytree.tree_map_only(Tensor, mode.from_tensor, value) for value in settled.examples]
+        with mode, torch.no_grad():
+            _Shapes(traced).run(*fake)
+    except Exception as error:  # layers say in many ways that an input does not fit
+        tensors = [leaf for leaf in pytree.tree_leaves(settled.examples) if isinstance(leaf, Tensor)]
+        shapes = [f"{list(x.shape)} ({x.dtype}, {x.device})" for x in tensors]
+        first = next(iter(settled.model.parameters()), None)
+        own = "" if first is None else f"; its first weight is {first.dtype} on {first.device}"
+        raise ValueError(
+            f"{type(settled.model).__name__} does not run on an example_input of {', '.join(shapes)}{own}: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether ``m`` becomes one node."""
-        own = isinstance(m, (MaskedConv2d, Scatter)) or is_stochastic_depth(m) or _is_drop_path(m) or _has_activation(m)
-        return own or super().is_leaf_module(m, module_qualified_name)
 
+class _Shapes(fx.Interpreter):
+    extra_traceback = False
 
-def _is_drop_path(module: nn.Module) -> bool:
-    return type(module).__name__ == "DropPath" and hasattr(module, "drop_prob")
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor):
+            n.meta["shape"], n.meta["dtype"] = result.shape, result.dtype
+        return result
 
 
 def _has_activation(module: nn.Module) -> bool:
@@ -108,29 +132,30 @@ def _has_activation(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) and [name for name, _ in module.named_children()] == ["drop", "act"]
 
 
+def _is_renamed_norm(module: nn.Module) -> bool:
+    """Whether it is of a subclass of BatchNorm that computes what BatchNorm does."""
+    return isinstance(module, _NORMS) and type(module) not in _NORMS and type(module).forward is _BatchNorm.forward
+
+
 class _Rewriter:
     """Traces a model in the mode it is in, and makes ordinary modules of what is written in other ways."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, settled: Settled) -> None:
         self.modules = dict(model.named_modules())
-        defaults = {
-            p.name: p.default for p in inspect.signature(model.forward).parameters.values() if p.default is not p.empty
-        }
+        tracer = Tracer(settled)
         try:
-            graph = _Tracer().trace(model, concrete_args=defaults or None)
+            graph = tracer.trace(model)
         except Exception as error:  # the model's own code runs: anything may come
             raise ValueError(
                 f"{type(model).__name__} cannot be traced (torch.fx), its forward must not decide by the values or "
-                f"shapes of tensors nor loop over them: {type(error).__name__}: {error}"
+                f"shapes of tensors nor loop over them: {type(error).__name__}: {error}{place_of(error)}"
             ) from error
         self.graph = graph
-        self.traced = fx.GraphModule(model, graph, type(model).__name__)
+        self.traced = fx.GraphModule(with_constants(model, tracer.constants), graph, type(model).__name__)
         for node in list(graph.nodes):
             self._rewrite(node)
+        redirect_readers(graph, self.modules)
         graph.eliminate_dead_code()
-        for node in list(graph.nodes):  # what was settled at its default
-            if node.op == "placeholder" and str(node.target).rpartition("_")[0] in defaults and not node.users:
-                graph.erase_node(node)
         self.traced.delete_all_unused_submodules()
         graph.lint()
         self.traced.recompile()
@@ -151,7 +176,7 @@ class _Rewriter:
         if isinstance(module, nn.Identity):
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.graph.erase_node(node)
-        elif _is_drop_path(module):
+        elif is_drop_path(module):
             if not getattr(module, "scale_by_keep", True):
                 raise ValueError(f"{name} is a DropPath that does not scale what it keeps: no StochasticDepth does so")
             rate: Any = module.drop_prob
@@ -162,6 +187,8 @@ class _Rewriter:
             for part, behind in module.named_children():
                 if not isinstance(behind, nn.Identity):
                     last = self._append(last, self._free_name(f"{name}_{part}"), behind)
+        elif _is_renamed_norm(module):
+            self._set(name, _plain(module, next(kind for kind in _NORMS if isinstance(module, kind))))
 
     def _lift(self, node: fx.Node) -> None:
         """Turn a function of a layer's own parameters into the layer."""
@@ -191,6 +218,7 @@ class _Rewriter:
         self._set(name, module)
         with self.graph.inserting_after(node):
             new = self.graph.call_module(name, (node.args[0] if node.args else node.kwargs["input"],))
+        new.meta.update(node.meta)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
 
@@ -215,6 +243,8 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """An object of the class ``kind`` with the module's parameters, buffers and settings, without its submodules."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"a {type(module).__name__} has a forward hook, which fastprune cannot take along: remove it")
     plain = kind.__new__(kind)
     nn.Module.__init__(plain)
     settings = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__constants__", ()))
@@ -230,12 +260,18 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 def _must_agree(trained: fx.GraphModule, tested: fx.GraphModule) -> None:
     ours, theirs = ([_describe(node) for node in traced.graph.nodes] for traced in (trained, tested))
+    name = f"{type(tested).__name__} cannot be traced as one graph: its forward"
     if ours != theirs:
         first = next((pair for pair in zip(ours, theirs) if pair[0] != pair[1]), ("more", "less"))
         raise ValueError(
-            f"{type(tested).__name__} cannot be traced as one graph: its forward asks for `training`, and does "
-            f"{first[0]} in train mode where it does {first[1]} in eval mode"
+            f"{name} asks for `training`, and does {first[0]} in train mode where it does {first[1]} in eval mode"
         )
+    for node in tested.graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+            ours_now, theirs_now = (traced.get_buffer(node.target) for traced in (trained, tested))
+            if ours_now.dtype != theirs_now.dtype or not torch.equal(ours_now, theirs_now):
+                place = f" ({node.stack_trace.strip().splitlines()[-1].strip()})" if node.stack_trace else ""
+                raise ValueError(f"{name} makes a tensor that is another one each time, at random or by mode{place}")
 
 
 def _describe(node: fx.Node) -> str:

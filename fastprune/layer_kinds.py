@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .nn import MaskedConv2d
 from .scatter import Scatter
-from .stochastic_depth import stochastic_depth
+from .torchvision_layers import frozen_batch_norm, stochastic_depth
 
 __all__ = ["ATTRIBUTES", "DTYPES", "FUNCTIONS", "METHODS", "MODULES", "WORDS", "ModuleKind", "is_number", "kind_of"]
 
@@ -124,7 +124,7 @@ _ARGUMENTS: list[tuple[tuple[type[nn.Module], ...], dict[str, Check]]] = [
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d, MaskedConv2d), _convolution),
     ((nn.ConvTranspose1d, nn.ConvTranspose2d), _transposed),
     ((nn.Linear,), {"in_features": _count, "out_features": _count, "bias": _bool}),
-    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.InstanceNorm1d, nn.InstanceNorm2d), _statistics),
+    ((nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d), _statistics),
     ((nn.GroupNorm,), {"num_groups": _count, "num_channels": _count, "eps": is_number, "affine": _bool}),
     ((nn.LayerNorm,), {"normalized_shape": _ints(1), "eps": is_number, "elementwise_affine": _bool, "bias": _bool}),
     ((nn.RMSNorm,), {"normalized_shape": _ints(1), "eps": _or_none(is_number), "elementwise_affine": _bool}),
@@ -171,7 +171,9 @@ class ModuleKind:
 
     def read(self, module: nn.Module) -> dict[str, Any]:
         """Return the arguments that made a module, from its attributes."""
-        values = {name: getattr(module, name) for name in self.arguments}
+        values = {name: getattr(module, name, None) for name in self.arguments}
+        if "num_features" in values and values["num_features"] is None:  # torchvision's, which forgets it
+            values["num_features"] = len(module.get_buffer("running_mean"))
         if "bias" in values:
             values["bias"] = values["bias"] is not None
         return {
@@ -191,6 +193,7 @@ def _loaded(kind: type[nn.Module]) -> Callable[[], type[nn.Module]]:
 
 MODULES = {kind.__name__: ModuleKind(_loaded(kind), arguments) for kinds, arguments in _ARGUMENTS for kind in kinds}
 MODULES["StochasticDepth"] = ModuleKind(stochastic_depth, {"p": _share, "mode": _word("row", "batch")})
+MODULES["FrozenBatchNorm2d"] = ModuleKind(frozen_batch_norm, {"num_features": _count, "eps": is_number})
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -207,18 +210,20 @@ _OPERATORS = "add sub mul truediv floordiv mod neg pow matmul getitem iadd isub 
 _TORCH = """
     add sub mul div true_divide floor_divide neg abs exp log sqrt rsqrt square pow clamp relu sigmoid tanh softmax erf
     maximum minimum where matmul bmm cat concat stack split chunk unbind narrow flatten reshape permute transpose
-    movedim unsqueeze squeeze mean sum amax amin var std roll
+    movedim unsqueeze squeeze mean sum amax amin var std roll relu_ sigmoid_ tanh_ clamp_ abs_ neg_ exp_ sqrt_ square_
 """
 _FUNCTIONAL = """
     relu relu6 silu mish gelu selu elu celu leaky_relu prelu hardswish hardsigmoid hardtanh softplus softsign sigmoid
     tanh glu softmax log_softmax avg_pool2d max_pool2d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d
     conv1d conv2d conv_transpose2d linear batch_norm layer_norm group_norm instance_norm local_response_norm
     normalize pad interpolate pixel_shuffle pixel_unshuffle channel_shuffle scaled_dot_product_attention
+    leaky_relu_ elu_ celu_ selu_ hardtanh_
 """
 _METHODS = """
     add sub mul div neg abs exp sqrt rsqrt square pow clamp relu sigmoid tanh softmax matmul mean sum amax amin var std
     view reshape flatten permute transpose movedim unsqueeze squeeze expand expand_as contiguous chunk split unbind
-    narrow size dim roll float half bfloat16 double type_as add_ mul_ sub_ relu_
+    narrow size dim roll float half bfloat16 double type_as clone
+    add_ sub_ mul_ div_ pow_ neg_ abs_ exp_ sqrt_ square_ clamp_ relu_ sigmoid_ tanh_
 """
 _WORDS = """
     none tanh row batch zeros constant reflect replicate circular same valid floor trunc nearest nearest-exact linear

@@ -171,6 +171,11 @@ def protect(model: nn.Module) -> list[str]:
     return names
 
 
+def is_protection(hook: object) -> bool:
+    """Whether it is the hook of :func:`protect`, which changes nothing but the layout of what a layer reads."""
+    return hook is _contiguous_operands
+
+
 def _lay_out(weight: Tensor) -> None:
     if not _is_plain(weight):
         weight.data = _plain(weight.data)

@@ -187,7 +187,7 @@ def test_round_to_and_the_last_channel() -> None:
     assert [layer.kept for layer in small.report.layers] == [8, 6, 2]
     assert small.report.layers[0].why == "3: round_to"
     assert difference(model, small, 2, 3, 4, 4) < 1e-12
-    with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="round_to must be an integer of at least 1, got 0"):
         compact(model, images, round_to=0)
 
 
@@ -354,7 +354,7 @@ def test_the_model_is_not_changed_and_the_small_one_is_ordinary() -> None:
 
 
 def test_masks_of_other_models() -> None:
-    with pytest.raises(ValueError, match="masks: nowhere is no convolution or linear layer"):
+    with pytest.raises(ValueError, match="masks: nowhere is no layer that the forward calls"):
         compact(layered(nn.Conv2d(3, 2, 1)).float(), torch.zeros(1, 3, 4, 4), masks={"nowhere": torch.ones(2).bool()})
 
 
