@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .inputs import check_placed, positional, told
 from .nn import MaskedConv2d
 from .op_counter import OpCounter
 
@@ -31,7 +33,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What one forward pass in eval mode costs, on inputs of `input_shapes` (batch included).
+    """What one forward pass in eval mode costs, on input tensors of `input_shapes` (batch included).
 
     Attributes:
         macs: multiply-accumulates of convolutions and matrix products (attention's, too); their biases not counted.
@@ -74,36 +76,43 @@ class Cost:
         return "\n".join([head, *(line.rstrip() for line in lines), peak])
 
 
-def cost(model: nn.Module, example_input: Tensor | tuple[Any, ...], masked: bool = True) -> Cost:
+def cost(model: nn.Module, example_input: Any, masked: bool = True) -> Cost:
     """Return what a forward pass of ``model`` in eval mode costs. Nothing is computed: shapes alone go through it.
 
     Args:
         model: any module that PyTorch can run with fake tensors (no branches on values of tensors). Not changed.
-        example_input: its input, or a tuple of its positional inputs. Only shapes, dtypes and devices are read.
+        example_input: a tensor, or a tuple of positional inputs, each a tensor or a tuple, list or dict of them. Only
+            shapes, dtypes and devices are read.
         masked: count what the masks of its :class:`fastprune.nn.MaskedConv2d` leave: not the pruned filters, not the
             channels they leave constant, not what no kept filter reads. That is the most
             that can be removed; :func:`fastprune.compact` keeps a filter whose channel another branch keeps. Masks of
             single weights count where they leave nothing of a filter. False: as if nothing were pruned.
 
     Raises:
-        TypeError: if ``example_input`` has no tensor.
-        Whatever the model's forward raises.
+        ValueError: for an example input that is no tensor, not where the model is, or that it does not run on; and with
+            masks, if no tensors are found in the output.
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    shapes = tuple(tuple(x.shape) for x in inputs if isinstance(x, Tensor))
-    if not shapes:
-        raise TypeError(f"example_input must be a tensor or a tuple with tensors, not {type(example_input).__name__}")
+    inputs = positional(example_input)
+    check_placed(model, example_input)
+    shapes = tuple(tuple(x.shape) for x in tree_leaves(inputs) if isinstance(x, Tensor))
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     state: dict[str, Tensor] = {
         name: fake.from_tensor(t) for name, t in [*model.named_parameters(), *model.named_buffers()]
     }
-    fake_inputs = tuple(fake.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs)
+    fake_inputs = tree_map_only(Tensor, fake.from_tensor, inputs)
     # Without masks all that runs is counted, even what no one reads.
     masked = masked and any(isinstance(module, MaskedConv2d) for module in model.modules())
     counter = OpCounter(model, masked)
     with _counting(model, counter), fake, counter:
-        counter.start(fake_inputs)
-        counter.finish(torch.func.functional_call(model, state, fake_inputs))
+        counter.start(tree_leaves(fake_inputs))
+        try:
+            output = torch.func.functional_call(model, state, fake_inputs)
+        except Exception as error:  # the model's own code runs: anything may come
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"{type(model).__name__} does not run on the example input {told(inputs)}: {said}"
+            ) from error
+        counter.finish(output)
     return _sum_up(model, counter, shapes)
 
 

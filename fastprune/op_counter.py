@@ -205,8 +205,18 @@ class OpCounter(TorchDispatchMode):
     # ------------------------------------------------------------------------------------------ once it has run
 
     def finish(self, output: Any) -> None:
-        """Take the model's output, and find out what of everything it needs."""
-        for value in (self._values[leaf] for leaf in tree_leaves(output) if leaf in self._values):
+        """Take the model's output, and find out what of everything it needs.
+
+        Raises:
+            ValueError: if that cannot be found out.
+        """
+        found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if self.masked and not found:
+            raise ValueError(
+                f"the model returns a {type(output).__name__}, and what the masks leave is counted for tensors alone, "
+                f"or tuples, lists and dicts of them: use masked=False"
+            )
+        for value in (self._values[leaf] for leaf in found if leaf in self._values):
             value.needed[:] = True
         for record in reversed(self._records):
             record.pull()

@@ -322,6 +322,78 @@ def test_the_table_names_layers_and_conventions() -> None:
     assert lines[6] == "activations alive at one time: at most 8,800 bytes, the input with them"
 
 
-def test_inputs_without_a_tensor_are_refused() -> None:
-    with pytest.raises(TypeError, match="example_input must be a tensor or a tuple with tensors, not list"):
-        cost(nn.ReLU(), [3, 32, 32])  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ([3, 32, 32], r"example_input is \[3, 32, 32\], without a tensor: expected is a tensor, or a tuple of"),
+        (torch.zeros(3).numpy(), r"example_input is a numpy\.ndarray: expected is a tensor"),
+        (
+            torch.zeros(1, 4, 8, 8),
+            r"Sequential does not run on the example input float32 \[1, 4, 8, 8\] on cpu",
+        ),
+        (torch.zeros(1, 3, 8, 8).double(), r"does not run on the example input float64 \[1, 3, 8, 8\] on cpu"),
+        (
+            (IMAGE, IMAGE),
+            r"on the example input \(float32 .*, float32 .*\): TypeError: .* takes 2 posit",
+        ),
+        (IMAGE.to("meta"), "example_input is on meta and the model on cpu: move it there"),
+    ],
+    ids=["numbers", "array", "shape", "dtype", "number", "device"],
+)
+def test_inputs_that_do_not_fit_are_told(
+    example: object, message: str, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        cost(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), example)
+    captured = capfd.readouterr()
+    assert captured.out + captured.err + caplog.text == ""  # torch prints nothing, either
+
+
+# ---- nested inputs and outputs ----
+
+
+class InDicts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.unread = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 8, 1)
+
+    def forward(self, batch: dict[str, object], scales: tuple[Tensor, ...]) -> dict[str, object]:
+        images = batch["images"]
+        return {"features": [self.conv(images) * scales[0]], "more": (self.unread(images),)}
+
+
+def test_inputs_and_outputs_may_be_nested() -> None:
+    model, inputs = InDicts(), ({"images": torch.zeros(1, 3, 2, 5)}, (torch.zeros(1), [torch.zeros(2)]))
+    assert cost(model, inputs).macs == 10 * 3 * 12
+    found = cost(model, inputs)
+    assert found.input_shapes == ((1, 3, 2, 5), (1,), (2,))
+    assert str(found).startswith("input 1×3×2×5, 1, 2; ")
+
+
+def test_masks_count_where_the_output_is_nested() -> None:
+    model, inputs = InDicts(), ({"images": torch.zeros(1, 3, 2, 5)}, (torch.zeros(1),))
+    FilterPruner(model, rate=0).set_masks({"conv": torch.tensor([1, 0, 0, 0]).bool(), "unread": torch.ones(8).bool()})
+    assert cost(model, inputs).macs == 10 * 3 * 9
+
+
+class Result:
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+
+class InAnObject(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Result:
+        return Result(self.conv(x))
+
+
+def test_masks_are_not_counted_where_nothing_is_known_of_the_output() -> None:
+    model = InAnObject()
+    assert cost(model, IMAGE).macs == 12 * 32 * 32
+    mask_convolutions(model)
+    with pytest.raises(ValueError, match="the model returns a Result, and what the masks leave is counted for tensors"):
+        cost(model, IMAGE)
+    assert cost(model, IMAGE, masked=False).macs == 12 * 32 * 32
