@@ -18,6 +18,7 @@ from .checkpoint import write_atomically
 from .compact import compact
 from .cost import cost
 from .formats import MissingPackageError, onnx_bytes, onnx_session, pt2_bytes, require, without_masks
+from .inputs import one_batch
 from .latency import latency
 from .network_file import NetworkFileError
 from .run_folder import RunError
@@ -99,6 +100,8 @@ def export(options: Options) -> Path:
     if path.resolve() == options.source.resolve() or path.name == CHECKPOINT:
         raise ValueError(f"{path} would replace what is exported: choose another --out")
     model, example, info = _load(options)
+    if options.format != "safetensors" or options.latency or options.check:
+        one_batch(model, example)
     small = compact(model, example, options.round_to) if options.compact else model
     _write(without_masks(small), path, options.format, example, info)
     before, after = cost(model, example, masked=False), cost(small, example, masked=False)
@@ -122,7 +125,7 @@ def _require(options: Options) -> None:
         require("onnx", "onnxscript", "onnxruntime", what="--latency")
 
 
-def _load(options: Options) -> tuple[nn.Module, Tensor, dict[str, Any]]:
+def _load(options: Options) -> tuple[nn.Module, Any, dict[str, Any]]:
     """Return the network, an example input, and what is known of it."""
     if options.source.is_dir():
         config, model = run_folder.load_network(options.source)
@@ -133,12 +136,12 @@ def _load(options: Options) -> tuple[nn.Module, Tensor, dict[str, Any]]:
     examples = network_file.example_inputs(network)
     if options.image_size is not None:
         examples = (torch.zeros(1, 3, options.image_size, options.image_size),)
-    if len(examples) != 1:
+    if not examples:
         raise ValueError(f"{options.source} was saved without an example input: give --image-size")
-    return network, examples[0], network.meta["info"]
+    return network, examples[0] if len(examples) == 1 else examples, network.meta["info"]
 
 
-def _write(network: nn.Module, path: Path, kind: Format, example: Tensor, info: dict[str, Any]) -> None:
+def _write(network: nn.Module, path: Path, kind: Format, example: Any, info: dict[str, Any]) -> None:
     if kind == "safetensors":
         network_file.save(network, path, example, info)
         return
@@ -161,6 +164,7 @@ def check(path: Path, kind: Format, model: nn.Module, example: Tensor, batches: 
 
     Raises:
         CheckFailedError: if it is above 1e-4, or the file gives other shapes.
+        ValueError: for a model that returns anything but one tensor.
         MissingPackageError: without ONNX Runtime where it is needed.
     """
     call = _reader(path, kind)
@@ -170,6 +174,8 @@ def check(path: Path, kind: Format, model: nn.Module, example: Tensor, batches: 
     for batch in batches:
         images = torch.randn((batch, *example.shape[1:]), generator=generator).to(example.dtype)
         expected, found = model(images), call(images)
+        if not isinstance(expected, Tensor):
+            raise ValueError(f"a check is of a model that returns one tensor, not a {type(expected).__name__}")
         if expected.shape != found.shape:
             raise CheckFailedError(
                 f"{path} maps {list(images.shape)} to {list(found.shape)}, not {list(expected.shape)}"

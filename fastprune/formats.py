@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .channels import effective_weights
-from .graph import trace
+from .graph import shape, trace
+from .inputs import one_batch
 from .nn import MaskedConv2d
 
 __all__ = ["MissingPackageError", "onnx_bytes", "onnx_session", "pt2_bytes", "require", "without_masks"]
@@ -30,13 +31,13 @@ def require(*packages: str, what: str) -> None:
 
 
 @torch.no_grad()
-def without_masks(model: nn.Module) -> fx.GraphModule:
+def without_masks(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
     """Return the model in eval mode, with zeros in the weights where its masks were: ordinary convolutions only.
 
     Raises:
-        ValueError: for a model that cannot be traced.
+        ValueError: for a model that cannot be traced, or does not run on the example input, if there is one.
     """
-    network = copy.deepcopy(trace(model))
+    network = copy.deepcopy(trace(model, example_input))
     for name, weight in effective_weights(network, {}).items():
         module = network.get_submodule(name)
         if isinstance(module, MaskedConv2d):
@@ -51,10 +52,11 @@ def onnx_bytes(model: nn.Module, example_input: Tensor) -> bytes:
 
     Raises:
         MissingPackageError: without onnx and onnxscript.
-        ValueError: for a model that cannot be traced, or is larger than the 2 GB that one file can be.
+        ValueError: for a model that cannot be traced, does not run on the example input, is no function of one tensor
+            that gives one tensor, or is larger than the 2 GB that one file can be.
     """
     require("onnx", "onnxscript", what="ONNX")
-    network = without_masks(model).cpu()
+    network = _of_one_tensor(model, example_input, "ONNX", also_gives_one=True).cpu()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter itself
         program = torch.onnx.export(
@@ -92,9 +94,9 @@ def pt2_bytes(model: nn.Module, example_input: Tensor) -> bytes:
     """Return the model in eval mode as `torch.export.save` writes it.
 
     Raises:
-        ValueError: for a model that cannot be traced.
+        ValueError: for a model that cannot be traced, or does not run on the one tensor that it is to take.
     """
-    network = without_masks(model).to(memory_format=torch.contiguous_format)
+    network = _of_one_tensor(model, example_input, "pt2").to(memory_format=torch.contiguous_format)
     with torch.no_grad():
         program = torch.export.export(
             network,
@@ -104,6 +106,19 @@ def pt2_bytes(model: nn.Module, example_input: Tensor) -> bytes:
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()
+
+
+def _of_one_tensor(model: nn.Module, example_input: Tensor, what: str, also_gives_one: bool = False) -> fx.GraphModule:
+    """:func:`without_masks`, of a model that takes one tensor."""
+    network = without_masks(model, one_batch(model, example_input))
+    (output,) = (node for node in network.graph.nodes if node.op == "output")
+    given = output.args[0]
+    if also_gives_one and (not isinstance(given, fx.Node) or shape(given) is None):
+        raise ValueError(
+            f"an export to {what} is of a model that returns one tensor, and {type(model).__name__} returns {given}: "
+            f"wrap it in a module that returns one"
+        )
+    return network
 
 
 def _two(example_input: Tensor) -> Tensor:

@@ -100,14 +100,16 @@ def check_placed(model: nn.Module, example_input: Any) -> None:
 
 
 def one_batch(model: nn.Module, example_input: Any) -> Tensor:
-    """Return the input of a model that takes one tensor ``[B, ...]``, where nothing else will do.
+    """Return the example input of a model that takes one tensor ``[B, ...]``: exports and latencies are of no others.
 
     Raises:
         ValueError: for anything else, or one that is not where the model is.
     """
     if not isinstance(example_input, Tensor) or example_input.dim() == 0:
         given = told(example_input) if example_input is not None else "None"
-        raise ValueError(f"expected one tensor [B, ...] as the example input, got {given}")
+        raise ValueError(
+            f"exports and latencies are of models that take one tensor [B, ...]; the example input is {given}"
+        )
     check_placed(model, example_input)
     return example_input
 

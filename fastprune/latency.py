@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .formats import onnx_bytes, onnx_session
+from .inputs import one_batch, told
 
 __all__ = ["ENGINES", "Engine", "Latency", "Timing", "latency"]
 
@@ -111,14 +112,15 @@ def latency(
         seconds: for each timing.
 
     Raises:
-        ValueError: for no model, batch sizes below 1, unknown engines, and ``onnxruntime`` elsewhere than on the CPU.
+        ValueError: for no model, batch sizes below 1, unknown engines, ``onnxruntime`` elsewhere than on the CPU, and
+            an example input that is not one tensor, not where a model is, or that a model does not run on.
         MissingPackageError: where an engine is not installed.
     """
     _check(models, example_input, batches, engines)
     training = {module: module.training for model in models.values() for module in model.modules()}
     try:
-        for model in models.values():
-            model.eval()
+        for name, model in models.items():
+            _check_runs(name, model.eval(), example_input)
         timings = []
         for engine in engines:
             prepare = {name: _prepared(model, engine, example_input) for name, model in models.items()}
@@ -139,6 +141,8 @@ def latency(
 def _check(models: Mapping[str, nn.Module], example: Tensor, batches: Sequence[int], engines: Sequence[str]) -> None:
     if not models:
         raise ValueError("no models to measure")
+    for model in models.values():
+        one_batch(model, example)
     if not batches or min(batches) < 1:
         raise ValueError(f"batch sizes must be at least 1, got {list(batches)}")
     for engine in engines:
@@ -146,6 +150,18 @@ def _check(models: Mapping[str, nn.Module], example: Tensor, batches: Sequence[i
             raise ValueError(f"engines are {', '.join(ENGINES)}; got {engine!r}")
     if "onnxruntime" in engines and example.device.type != "cpu":
         raise ValueError(f"onnxruntime is measured on the CPU, and the example input is on {example.device}")
+
+
+@torch.no_grad()
+def _check_runs(name: str, model: nn.Module, example: Tensor) -> None:
+    """Fail before the work, and say of what."""
+    one = torch.zeros(1, *example.shape[1:], dtype=example.dtype, device=example.device)
+    try:
+        model(one)
+    except Exception as error:  # the model's own code runs: anything may come
+        raise ValueError(
+            f"the model {name!r} does not run on inputs like the example, {told(one)}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _prepared(model: nn.Module, engine: Engine, example_input: Tensor) -> Callable[[Tensor], Callable[[], Any]]:

@@ -1,13 +1,14 @@
 """A trained run is exported small, and what the file computes is what the run computes."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastprune
 from fastprune import checkpoint, formats, network_file, run_folder, train
@@ -197,3 +198,71 @@ def test_images_are_known_from_the_data_and_the_statistics_from_the_run(run: Pat
     half = Config(normalize="half")
     assert run_folder.image_statistics(tmp_path, half) == {"mean": [0.5] * 3, "std": [0.5] * 3, "classes": ["a"]}
     assert network_file.is_network_file(run / train.CHECKPOINT) is False
+
+
+# ---- what is not exported ----
+
+
+class Branched(nn.Module):
+    """Takes one or two images, and returns one tensor or several."""
+
+    def __init__(self, give: str = "tensor") -> None:
+        super().__init__()
+        self.conv, self.give = nn.Conv2d(3, 4, 3), give
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        z = self.conv(x) if y is None else self.conv(x) + self.conv(y)
+        return {"dict": {"logits": z}, "chunks": z.chunk(2, 1), "tensor": z}[self.give]
+
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("of", [formats.onnx_bytes, formats.pt2_bytes])
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (
+            (IMAGE, IMAGE),
+            r"that take one tensor \[B, \.\.\.\]; the example input is \(float32 .*, float32",
+        ),
+        ({"image": IMAGE}, "the example input is {'image': float32"),
+        (None, "the example input is None"),
+        (torch.zeros(1, 4, 8, 8), r"does not run on an example_input of \[1, 4, 8, 8\]"),
+        (IMAGE.to("meta"), "example_input is on meta and the model on cpu"),
+    ],
+    ids=["two", "dict", "none", "shape", "device"],
+)
+def test_exports_say_what_input_they_take(
+    of: Callable[..., bytes], example: Any, message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        of(Branched(), example)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("give", "named"), [("dict", r"\{'logits': conv\}"), ("chunks", "chunk")])
+def test_onnx_is_of_models_that_return_one_tensor(give: str, named: str) -> None:
+    with pytest.raises(ValueError, match=f"returns one tensor, and Branched returns {named}: wrap it in a module"):
+        formats.onnx_bytes(Branched(give), IMAGE)
+    formats.onnx_bytes(Branched(), IMAGE)
+
+
+def test_pt2_returns_what_the_model_does(tmp_path: Path) -> None:
+    (tmp_path / "net.pt2").write_bytes(formats.pt2_bytes(Branched("dict"), IMAGE))
+    found = torch.export.load(tmp_path / "net.pt2").module()(IMAGE)
+    assert found.keys() == {"logits"}
+    with pytest.raises(ValueError, match="a check is of a model that returns one tensor, not a dict"):
+        check(tmp_path / "net.pt2", "pt2", Branched("dict"), IMAGE, [1])
+
+
+def test_a_file_of_a_network_with_two_inputs_becomes_another_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "net.safetensors", tmp_path / "small.safetensors"
+    fastprune.save(Branched(), source, (IMAGE, IMAGE))
+    assert main([str(source), "--format", "safetensors", "--out", str(out)]) == 0
+    assert fastprune.load(out)(IMAGE, IMAGE).shape == (1, 4, 6, 6)
+    assert main([str(source), "--format", "onnx"]) == 1
+    assert main([str(source), "--format", "safetensors", "--check"]) == 1
+    assert capsys.readouterr().err.count("are of models that take one tensor [B, ...]; the example input is (") == 2

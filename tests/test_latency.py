@@ -85,6 +85,13 @@ def test_masked_and_compact_networks_are_compared_in_every_engine() -> None:
         ({"batches": (0,)}, r"batch sizes must be at least 1, got \[0\]"),
         ({"engines": ("tflite",)}, "engines are eager, compiled, onnxruntime; got 'tflite'"),
         ({"example_input": torch.zeros(1, 3, device="meta")}, "onnxruntime is measured on the CPU"),
+        (
+            {"example_input": (torch.zeros(1, 3),)},
+            r"take one tensor \[B, ...\]; the example input is float32 \[1, 3",
+        ),
+        ({"example_input": [[1.0]]}, r"the example input is \[\[1.0\]\]"),
+        ({"models": {"a": nn.Linear(2, 2)}}, "the model 'a' does not run on inputs like the example, float32 .*: Runt"),
+        ({"models": {"a": nn.Linear(3, 2, device="meta")}}, "example_input is on cpu and the model on meta: move it"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
