@@ -1,0 +1,88 @@
+"""Which networks there are: one for each number."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+
+from fastprune.layer_kinds import FUNCTIONS, METHODS, MODULES
+
+from .builder import Draft, Recipe
+from .program import Program
+from .recipes_forms import FORMS
+from .recipes_functions import computing
+from .recipes_layers import LAYERS
+from .recipes_shapes import moving
+
+# What fastprune knows, but for MaskedConv2d, which is a Conv2d once it is masked.
+KNOWN = frozenset(
+    {f"nn.{name}" for name in MODULES} | set(FUNCTIONS) - {"getattr"} | {f"method.{name}" for name in METHODS}
+)
+RECIPES: dict[str, Recipe] = {r.kind: r for r in (*LAYERS, *computing(KNOWN), *moving(KNOWN), *FORMS)}
+_ONLY_FIRST = ("form.second_input", "form.optional_input", "form.number_input")
+_TURNS = 6  # kinds whose turn it is in one network
+
+
+def missing() -> list[str]:
+    """Known layers, functions and methods without a recipe."""
+    return sorted(KNOWN - RECIPES.keys() - {"nn.MaskedConv2d"})
+
+
+def _shuffled(kinds: Iterable[str]) -> list[str]:
+    ordered = sorted(kinds)
+    random.Random(0).shuffle(ordered)
+    return ordered
+
+
+_ORDER = _shuffled(RECIPES)
+_WEIGHTS = [RECIPES[kind].weight for kind in _ORDER]
+
+
+def draw(seed: int) -> Program:
+    """The network of this number: always the same, as long as the recipes are."""
+    draft = Draft(seed)
+    rng = draft.rng
+    turn = [_ORDER[(seed * _TURNS + i) % len(_ORDER)] for i in range(_TURNS)]
+    for kind in turn:
+        if kind in _ONLY_FIRST:
+            draft.attempt(RECIPES[kind])
+    rng.shuffle(turn)
+    draft.attempt(RECIPES["form.conv_norm_act" if rng.random() < 0.6 else "nn.Conv2d"])
+    for kind in turn:
+        if kind in _ONLY_FIRST:
+            continue
+        draft.attempt(RECIPES[kind], 12)
+        if rng.random() < 0.5:  # something that reads constants, and writes others
+            draft.attempt(RECIPES[rng.choice(["nn.Conv2d", "form.conv_norm_act"])])
+        elif rng.random() < 0.4:
+            draft.attempt(RECIPES[rng.choices(_ORDER, _WEIGHTS)[0]])
+    return draft.program(_finish(draft))
+
+
+def _finish(draft: Draft) -> list[str]:
+    """Let layers read most of what nothing has read; returns what the network does."""
+    left = draft.unread() or [list(draft.values)[-1]]
+    returned = []
+    for name in left[-4:]:
+        if draft.rng.random() < 0.75:
+            head = Recipe("form.output", lambda d, name=name: _read(d, name))
+            if draft.attempt(head):
+                name = list(draft.values)[-1]
+        returned.append(name)
+    return returned
+
+
+def _read(draft: Draft, name: str) -> None:
+    shape, width = draft.shape(name), draft.rng.randint(1, 4)
+    if len(shape) == 4:
+        padding = draft.rng.choice(["", ", padding=1", ", padding=1, padding_mode='replicate'"])
+        call = f"nn.Conv2d({shape[1]}, {width}, {draft.rng.choice([1, 3])}{padding})"
+    elif len(shape) == 2:
+        call = f"nn.Linear({shape[1]}, {width})"
+    else:
+        call = (
+            draft.rng.choice([f"nn.Linear({shape[-1]}, {width})", f"nn.Conv1d({shape[1]}, {width}, 1)"])
+            if len(shape) == 3
+            else f"nn.Linear({shape[-1]}, {width})"
+        )
+    draft.let(f"{draft.layer(call)}({name})")
