@@ -1,29 +1,45 @@
-"""Filters that can only be removed together: those whose outputs are added up, or that a depthwise filter reads."""
+"""Filters that can only be removed together, and filters that cannot be removed."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .channels import Ids, analyse, effective_weights
+from .channels import Analysis, Ids, Read, analyse, effective_weights
 from .graph import trace
 
-__all__ = ["Coupling", "written_channels"]
+__all__ = ["Coupling", "Written", "written_channels"]
 
 
-def written_channels(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str, Ids]:
-    """By name of each convolution that the forward uses, the channels of the network that its filters write.
+@dataclass(frozen=True)
+class Written:
+    """What the filters of a convolution write.
+
+    Attributes:
+        ids: ``[F]``, the channel of the network that each writes; equal where filters write the same channel, as those
+            do whose outputs are added up.
+        removable: ``[F]``, whether :func:`fastprune.compact` can remove it once it is pruned.
+        why: why the others cannot go; empty where all can.
+    """
+
+    ids: Ids
+    removable: NDArray[np.bool_]
+    why: str
+
+
+def written_channels(model: nn.Module, example_input: Tensor | tuple[Any, ...]) -> dict[str, Written]:
+    """By name of each convolution that the forward uses, what its filters write.
 
     Args:
         model: that :func:`fastprune.graph.trace` can trace. Not changed.
         example_input: for shapes; nothing is computed with it.
-
-    Returns:
-        ``[F]`` numbers; equal where filters write the same channel, as those do whose outputs are added up.
 
     Raises:
         ValueError: for a model that cannot be traced.
@@ -32,12 +48,37 @@ def written_channels(model: nn.Module, example_input: Tensor | tuple[Any, ...]) 
     # Whatever the weights are now: filters that begin as zeros will not stay so.
     weights = {name: torch.ones_like(weight) for name, weight in effective_weights(network, {}).items()}
     analysis = analyse(network, weights)
-    convolutions = {name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)}
-    return {
-        str(node.target): analysis.roots(channels.ids)
-        for node, channels in analysis.results.items()
-        if node.op == "call_module" and node.target in convolutions
+    modules = dict(network.named_modules())
+    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
+    # Of several readers the last is named: the output, where it is one of them.
+    whole = {
+        int(root): read for read in analysis.reads if read.how == "all" for root in analysis.roots(read.channels.ids)
     }
+    found = {}
+    for node, channels in analysis.results.items():
+        name = str(node.target)
+        if node.op == "call_module" and isinstance(modules[name], nn.Conv2d):
+            ids = analysis.roots(channels.ids)
+            readers = [whole.get(root) for root in ids.tolist()]
+            why = {_why(analysis, read, name, calls[node.target]): None for read in readers if read is not None}
+            removable = np.array([read is None for read in readers], np.bool_)
+            found[name] = Written(ids, removable, ", ".join(why))
+    return found
+
+
+def _why(analysis: Analysis, read: Read, layer: str, calls: int) -> str:
+    """Why a channel that a layer writes stays: who needs every one of its channels, or makes it so."""
+    node = read.node
+    if node.op == "output":
+        return "writes the output"
+    if node.op == "placeholder":
+        return "tied to the input"
+    name = node.target if isinstance(node.target, str) else node.name
+    if name == layer:
+        return f"called {calls} times" if calls > 1 else "compact() cannot follow it"
+    if analysis.results.get(node) is read.channels:
+        return f"added to what {name} writes"
+    return f"read whole by {name}"
 
 
 class Coupling:
@@ -45,7 +86,7 @@ class Coupling:
 
     Args:
         filters: by layer, ``F``, in the order of the scores.
-        written: see :func:`written_channels`. Filters of other layers stand alone.
+        written: the channels that filters write, ``ids`` of :func:`written_channels`; of other layers they stand alone.
 
     Attributes:
         group: ``[N]`` int64, a number for each filter; coupled ones have the same.

@@ -1,5 +1,6 @@
 """What a run trains: the network, and its pruner, regulariser and optimizer, as a configuration asks for them."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from .onednn import protect
 from .optim import PrunedSGD
 from .precision import DTYPES
 from .pruner import FilterPruner, Pruner, WeightPruner
+from .pruning_schedule import why_never
 from .recipes import Config
 from .sync_batchnorm import synchronise_batchnorms
 
@@ -56,19 +58,29 @@ def make_pruner(config: Config, model: nn.Module, steps_per_epoch: int) -> Prune
         "every": config.prune_every,
         "until": round(config.prune_until * config.epochs) * steps_per_epoch,
         "feedback": config.feedback,
-        "steps_per_epoch": steps_per_epoch,
+        # As published, iterations count from the start of each epoch.
+        "steps_per_epoch": steps_per_epoch if config.recipe == "faithful" else None,
     }
-    if config.prune_type == "unstructured":
-        return WeightPruner(model, **common)
-    example = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)  # of any size
-    return FilterPruner(
-        model,
-        **common,
-        scope=config.prune_scope,
-        min_kept=config.min_kept,
-        round_to=config.round_to,
-        couple=example if config.couple else None,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "nothing will be pruned")  # said by never_pruned, once
+        if config.prune_type == "unstructured":
+            return WeightPruner(model, **common)
+        example = torch.zeros(1, 3, 32, 32, device=next(model.parameters()).device)  # of any size
+        return FilterPruner(
+            model,
+            **common,
+            scope=config.prune_scope,
+            min_kept=config.min_kept,
+            round_to=config.round_to,
+            example_input=example if config.couple else None,
+            removable_only=config.couple,
+        )
+
+
+def never_pruned(pruner: Pruner | None) -> str:
+    """Why a run prunes nothing; empty if it does, or is not meant to."""
+    why = why_never(pruner.every, pruner.until, pruner.steps_per_epoch) if pruner is not None else ""
+    return why and f"nothing will be pruned: {why} (--prune-every, --prune-until, --batch-size)"
 
 
 class Network:

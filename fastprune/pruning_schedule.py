@@ -1,19 +1,26 @@
-"""When masks are renewed, and how the rate of pruning rises until then."""
+"""When masks are updated, and how the rate of pruning rises until then."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from . import arguments
 
 Ramp = Literal["constant", "linear", "cubic"]
 
 
-def check_schedule(rate: float, every: int, until: int | None, period: int | None) -> None:
-    """Raise ValueError for what is out of range."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"rate must be in [0, 1), got {rate}")
-    for name, value, least in (("every", every, 1), ("until", until, 0), ("steps_per_epoch", period, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+def check_schedule(rate: Any, every: Any, until: Any, period: Any) -> tuple[float, int, int | None, int | None]:
+    """Return the arguments as plain numbers.
+
+    Raises:
+        TypeError, ValueError: naming the first that is not as it must be.
+    """
+    return (
+        arguments.rate("rate", rate),
+        arguments.whole_number("every", every, 1),
+        None if until is None else arguments.whole_number("until", until, 0),
+        None if period is None else arguments.whole_number("steps_per_epoch", period, 1),
+    )
 
 
 def is_due(steps: int, every: int, period: int | None) -> bool:
@@ -21,10 +28,27 @@ def is_due(steps: int, every: int, period: int | None) -> bool:
     return ((steps % period if period else steps) + 1) % every == 0
 
 
+def next_due(steps: int, every: int, until: int | None, period: int | None) -> int | None:
+    """After how many finished iterations, at least ``steps``, masks are updated next; None for never."""
+    due = next((i for i in range(steps, steps + every + (period or 0)) if is_due(i, every, period)), None)
+    return None if due is None or (until is not None and due >= until) else due
+
+
+def why_never(every: int, until: int | None, period: int | None) -> str:
+    """Why no update comes before the schedule ends; empty if one does."""
+    if next_due(0, every, until, period) is not None:
+        return ""
+    if period is not None and period < every:
+        return f"every={every} counts from the start of each epoch, and an epoch has {period} iterations"
+    return f"until={until} ends the schedule before the first update, which every={every} asks for"
+
+
 def ramp_length(schedule: Ramp, ramp_steps: int | None, every: int, until: int | None, period: int | None) -> int:
     """The iterations in which the rate rises; an update must follow, or the masks would end short of the rate."""
     if schedule not in ("constant", "linear", "cubic"):
         raise ValueError(f"schedule must be constant, linear or cubic, got {schedule!r}")
+    if ramp_steps is not None:
+        ramp_steps = arguments.whole_number("ramp_steps", ramp_steps, 0)
     if schedule == "constant":
         return 0
     last = None if until is None else next((i for i in reversed(range(until)) if is_due(i, every, period)), 0)

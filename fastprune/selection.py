@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from . import ops
+from . import arguments, ops
 
 Scope = Literal["global", "layer"]
 
@@ -24,31 +24,42 @@ class Selection:
             ``sort(s_l)[int(F · rate)]``. A filter is kept when ``s > t``, strictly.
         min_kept: filters that a layer keeps whatever the threshold, its best; all of a layer that has fewer.
         round_to: a layer's kept filters are brought up to a multiple of it, by its best pruned ones.
+        pinned: positions, among all N, of filters that always stay, not all of any layer. The threshold is over the
+            others.
     """
 
     filters: tuple[int, ...]
     scope: Scope = "global"
     min_kept: int = 1
     round_to: int = 1
+    pinned: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.scope not in ("global", "layer"):
             raise ValueError(f"scope must be global or layer, got {self.scope!r}")
-        if self.min_kept < 0:
-            raise ValueError(f"min_kept must be at least 0, got {self.min_kept}")
-        if self.round_to < 1:
-            raise ValueError(f"round_to must be at least 1, got {self.round_to}")
+        object.__setattr__(self, "min_kept", arguments.whole_number("min_kept", self.min_kept, 0))
+        object.__setattr__(self, "round_to", arguments.whole_number("round_to", self.round_to, 1))
 
     @property
     def is_threshold(self) -> bool:
         """Whether one global threshold is all there is to it."""
-        return self.scope == "global" and self.min_kept == 0 and self.round_to == 1
+        return self.scope == "global" and self.min_kept == 0 and self.round_to == 1 and not self.pinned
+
+    def select(self, scores: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """The mask of ``[N]`` float32 scores, and what of it the threshold alone keeps; both ``[N]`` bool."""
+        if self.pinned:  # above every threshold, and behind all others when they are counted from below
+            scores = scores.masked_fill(_stays(self.pinned, len(scores), scores.device), torch.inf)
+        above = self.by_threshold(scores, rate)
+        return self.bring_back(scores, above), above
 
     def by_threshold(self, scores: Tensor, rate: float) -> Tensor:
-        """``[N]`` bool: above the threshold of ``[N]`` float32 scores."""
+        """``[N]`` bool: above the threshold of ``[N]`` float32 scores, those of pinned filters infinite."""
         if self.scope == "global":
-            return scores > ops.kth_threshold(scores, int(scores.numel() * rate))
+            return scores > ops.kth_threshold(scores, int((scores.numel() - len(self.pinned)) * rate))
         layer, _, sizes = _places(self.filters, scores.device)
+        if self.pinned:
+            stays = _stays(self.pinned, len(scores), scores.device)
+            sizes = sizes - torch.zeros_like(sizes).index_add_(0, layer, stays.long())
         ranked = self._by_layer(scores, torch.inf).sort(dim=1).values
         thresholds = ranked.gather(1, (sizes.double() * rate).long()[:, None])
         return scores > thresholds[layer, 0]
@@ -80,3 +91,11 @@ def _places(filters: tuple[int, ...], device: torch.device) -> tuple[Tensor, Ten
     layer = torch.cat([torch.full((count,), i) for i, count in enumerate(filters)])
     index = torch.cat([torch.arange(count) for count in filters])
     return layer.to(device), index.to(device), torch.tensor(filters).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _stays(pinned: tuple[int, ...], count: int, device: torch.device) -> Tensor:
+    """``[N]`` bool: whether a filter is pinned."""
+    stays = torch.zeros(count, dtype=torch.bool)
+    stays[list(pinned)] = True
+    return stays.to(device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import budget, checkpoint, data, decisions, distributed, network_file, plots, report
+from . import budget, checkpoint, data, decisions, distributed, network, network_file, plots, report
 from .checkpoint import write_atomically
 from .data import ImageData
 from .decisions import Decision
@@ -100,8 +100,9 @@ def run(config: Config) -> dict[str, Any]:
             f"{config.model}: {trainer.parameters():,} parameters, {trainer.steps_per_epoch} steps an epoch, "
             f"on {where}, in {config.precision}"
         )
-        for line in decisions.lines(decided):
-            print(line)
+        for line in (*decisions.lines(decided), network.never_pruned(trainer.pruner)):
+            if line:
+                print(line)
         with stop_on_signals() as signals:
             train(trainer, log, signals)
         if trainer.step < config.epochs * trainer.steps_per_epoch:

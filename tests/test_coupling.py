@@ -1,5 +1,7 @@
 """Filters that write one channel together: who they are, what they score, and that they go together."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ IMAGES = torch.zeros(1, 3, 32, 32)
 
 
 def groups(model: nn.Module) -> dict[str, list[int]]:
-    return {name: ids.tolist() for name, ids in written_channels(model, IMAGES).items()}
+    return {name: written.ids.tolist() for name, written in written_channels(model, IMAGES).items()}
 
 
 def test_a_stream_is_written_by_all_that_are_added_to_it() -> None:
@@ -75,7 +77,7 @@ def test_a_score_that_is_no_number_is_seen_in_all() -> None:
 def test_streams_get_narrower(options: dict) -> None:
     torch.manual_seed(0)
     model = models.create("resnet20")
-    pruner = FilterPruner(model, 0.6, every=1, couple=IMAGES, **options)
+    pruner = FilterPruner(model, 0.6, every=1, example_input=IMAGES, **options)
     masks = pruner.masks()
     assert torch.equal(masks["conv1"], masks["layer1.2.conv2"])
     assert torch.equal(masks["layer2.0.shortcut.0"], masks["layer2.2.conv2"])
@@ -101,9 +103,10 @@ def test_scores_of_a_stream_are_the_mean_of_its_writers() -> None:
     with torch.no_grad():
         model.a.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None, None].expand(4, 3, 1, 1))
         model.b.weight.copy_(torch.tensor([9.0, 1.0, 1.0, 1.0])[:, None, None, None].expand(4, 4, 1, 1))
-    masks = FilterPruner(model, 0.5, every=1, couple=IMAGES).export_masks()  # means 5, 1.5, 2, 2.5
+    both: dict[str, Any] = {"example_input": IMAGES, "removable_only": False}  # the sum is the output
+    masks = FilterPruner(model, 0.5, every=1, **both).export_masks()  # means 5, 1.5, 2, 2.5
     assert masks["a"].tolist() == masks["b"].tolist() == [True, False, False, False]
-    masks = FilterPruner(Residual().requires_grad_(False), 0.5, every=1, couple=IMAGES, ignore=["b"]).masks()
+    masks = FilterPruner(Residual().requires_grad_(False), 0.5, every=1, ignore=["b"], **both).masks()
     assert list(masks) == ["a"]
 
 
@@ -118,5 +121,5 @@ def test_a_model_that_cannot_be_traced_is_left_as_it_was() -> None:
 
     model = Deciding()
     with pytest.raises(ValueError, match="cannot be traced"):
-        FilterPruner(model, 0.5, couple=IMAGES)
+        FilterPruner(model, 0.5, example_input=IMAGES)
     assert type(model.conv) is nn.Conv2d

@@ -31,7 +31,7 @@ def test_fpgm_prunes_the_filter_in_the_middle() -> None:
     model = nn.Sequential(nn.Conv2d(1, 5, 1))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([-9.0, -5.0, 0.5, 5.0, 9.0]).view(5, 1, 1, 1))
-    pruner = FilterPruner(model, 0.0, "fpgm", every=1)
+    pruner = FilterPruner(model, 0.0, "fpgm", every=1, removable_only=False)
     assert pruner.masks()["0"].tolist() == [True, True, False, True, True]
 
 
@@ -43,7 +43,7 @@ def test_a_function_decides() -> None:
         return torch.arange(len(weight), dtype=torch.float64)
 
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1))
-    pruner = FilterPruner(model, 0.5, last_first, every=1, scope="layer")
+    pruner = FilterPruner(model, 0.5, last_first, every=1, scope="layer", removable_only=False)
     assert seen == [("0", (4, 2, 3, 3)), ("1", (4, 4, 1, 1))]
     assert [mask.tolist() for mask in pruner.masks().values()] == [[False, False, False, True]] * 2
 

@@ -66,14 +66,14 @@ def test_masks_change_when_they_are_due() -> None:
 
 
 def test_without_epochs_the_count_goes_on() -> None:
-    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=4)
+    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=4, removable_only=False)
     assert [step for step in range(1, 16) if pruner.step()] == [3, 7, 11, 15]
 
 
 def test_state_dict_continues_the_schedule() -> None:
     def make() -> FilterPruner:
         torch.manual_seed(0)
-        return FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=4)
+        return FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=4, removable_only=False)
 
     first, second = make(), make()
     for _ in range(2):
@@ -85,7 +85,7 @@ def test_state_dict_continues_the_schedule() -> None:
 def test_a_pruned_filter_comes_back() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False))
-    pruner = FilterPruner(model, 0.5, every=1)
+    pruner = FilterPruner(model, 0.5, every=1, include=["0"])
     lost = int((~model[0].mask).nonzero()[0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     images = torch.randn(4, 3, 6, 6)
@@ -118,7 +118,7 @@ def gradient_ratio(feedback: str, eps: float) -> float:
     with torch.no_grad():
         direction = torch.randn(16)
         model.conv.weight.copy_((direction / direction.norm()).view(1, 16, 1, 1).expand(2, -1, -1, -1))
-    FilterPruner(model, 0.0, every=100, feedback=feedback)
+    FilterPruner(model, 0.0, every=100, feedback=feedback, removable_only=False)
     model.conv.mask[1] = False
     images, target = torch.randn(256, 16, 4, 4), torch.randn(256, 1, 4, 4)
     (model(images) * target).mean().backward()
@@ -149,7 +149,7 @@ def test_batchnorm_is_found_by_the_graph() -> None:
 
     model = Crossed()
     assert following_batchnorms(model) == {"first": model.norm_of_first, "second": model.norm_of_second}
-    pruner = FilterPruner(model, 0.5)
+    pruner = FilterPruner(model, 0.5, removable_only=False)
     scales = {name: layer.feedback.unique().tolist() for name, layer in pruner.layers.items()}
     assert scales["first"] == pytest.approx([1e-5**0.5])
     assert scales["bare"] == [1.0]
@@ -196,7 +196,7 @@ def test_a_nan_names_its_layer() -> None:
 
 def test_a_moved_model_is_still_pruned() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-    pruner = FilterPruner(model, 0.5)
+    pruner = FilterPruner(model, 0.5, removable_only=False)
     model.to(torch.float64)
     pruner.update()
     np.testing.assert_array_equal(masks_of(pruner), rule([model[0].weight], 0.5))
@@ -273,12 +273,12 @@ def test_the_rate_rises(schedule: str, power: int) -> None:
 
 
 def test_a_ramp_ends_with_the_masks_if_not_told_otherwise() -> None:
-    pruner = FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, every=1, until=11, schedule="linear")
+    pruner = FilterPruner(network(), 0.5, every=1, until=11, schedule="linear")
     for _ in range(5):
         pruner.step()
     assert pruner.current_rate == 0.25
     with pytest.raises(ValueError, match="schedule 'cubic' needs ramp_steps of at least 1"):
-        FilterPruner(nn.Sequential(nn.Conv2d(3, 8, 3)), 0.5, schedule="cubic")
+        FilterPruner(network(), 0.5, schedule="cubic")
 
 
 @given(
@@ -289,6 +289,7 @@ def test_a_ramp_ends_with_the_masks_if_not_told_otherwise() -> None:
 )
 def test_the_last_update_of_a_ramp_has_the_whole_rate(every: int, until: int, epoch: int | None, schedule: str) -> None:
     arguments: dict[str, Any] = {"every": every, "until": until, "steps_per_epoch": epoch, "schedule": schedule}
+    arguments["removable_only"] = False
     rates = []
     try:
         pruner = FilterPruner(nn.Sequential(nn.Conv2d(1, 8, 1)), 0.5, **arguments)
@@ -309,7 +310,8 @@ def test_the_last_update_of_a_ramp_has_the_whole_rate(every: int, until: int, ep
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1)))
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 1)), *head)
 
 
 def test_include_and_ignore() -> None:
@@ -433,7 +435,11 @@ class Reads(TorchDispatchMode):
 
 OPTIONS: list[dict[str, Any]] = [
     *({"min_kept": 0}, {}, {"importance": "l2"}, {"scope": "layer"}),
-    *({"round_to": 4}, {"schedule": "cubic", "ramp_steps": 9}, {"couple": torch.zeros(1, 3, 8, 8), "min_kept": 0}),
+    *(
+        {"round_to": 4},
+        {"schedule": "cubic", "ramp_steps": 9},
+        {"example_input": torch.zeros(1, 3, 8, 8), "min_kept": 0},
+    ),
 ]
 
 
@@ -509,4 +515,4 @@ def test_report_tells_masks_that_were_loaded() -> None:
     changed = [name for name, mask in first.masks().items() if mask.sum() > 1]  # at rate 0.9 few keep more
     whys = {layer.name: layer.why for layer in second.report().layers}
     assert changed
-    assert all(whys[name] == "as set, loaded or new" for name in changed)
+    assert all(whys[name] == "as loaded, or changed by others than this pruner" for name in changed)

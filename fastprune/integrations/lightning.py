@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from .. import distributed
-from ..nn import MaskedConv2d, mask_convolutions
+from ..nn import MaskedConv2d
 from ..pruner import FilterPruner
+from ..pruning_plan import plan
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +25,7 @@ class FilterPruning(Callback):
 
     Masks are buffers of the module and the schedule's position is in the callback's state: checkpoints have both, and
     ``ckpt_path`` brings both back, into a new module too, to fit, validate, test or predict. To load a checkpoint by
-    yourself, convert the new module first: ``fastprune.nn.mask_convolutions(module.model)``.
+    yourself, convert the new module first, as the callback did: ``FilterPruner(module.model, rate, **options)``.
 
     Under DDP every process has the same masks by construction: they follow from weights that are the same. That is
     verified at each update. Strategies that cut weights into shards (FSDP, DeepSpeed's stage 3) are not for this.
@@ -56,7 +57,8 @@ class FilterPruning(Callback):
         if stage == "fit":
             self.pruner = FilterPruner(network, self.rate, **self.options)
         elif not any(isinstance(module, MaskedConv2d) for module in network.modules()):  # those have masks to keep
-            mask_convolutions(network, self.options.get("ignore", ()), include=self.options.get("include"))
+            chosen = ("ignore", "include", "example_input", "removable_only")
+            plan(network, **{name: self.options[name] for name in chosen if name in self.options}).mask(network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from here; a checkpoint has been loaded by now, if there was one."""

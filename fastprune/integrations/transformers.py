@@ -35,7 +35,7 @@ class FilterPruning(TrainerCallback):
 
     Masks are buffers of the model and the schedule's position is in the ``Trainer``'s state: its checkpoints have both,
     and ``resume_from_checkpoint`` brings both back. From a checkpoint without them, pruning begins there. To load a
-    checkpoint by yourself, convert the new model first: ``fastprune.nn.mask_convolutions(model)``.
+    checkpoint by yourself, convert the new model first, as the callback did: ``FilterPruner(model, rate, **options)``.
 
     Under DDP every process has the same masks by construction: they follow from weights that are the same. That is
     verified at each update. FSDP and DeepSpeed's stage 3, which cut weights into shards, are not for this.
