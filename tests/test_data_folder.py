@@ -2,10 +2,12 @@
 
 import os
 import resource
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pngs
 import pytest
 import torch
 from PIL import Image
@@ -111,12 +113,40 @@ def test_modes_become_rgb(tmp_path: Path, image: Image.Image, top: tuple[int, ..
     assert tuple(result[13, 13]) == bottom
 
 
+@pytest.mark.parametrize("interlaced", [False, True], ids=["", "interlaced"])
+@pytest.mark.parametrize(("kind", "depth", "transparent"), pngs.KINDS)
+def test_pngs_of_every_kind_have_their_pixels(
+    tmp_path: Path, kind: int, depth: int, transparent: bool, interlaced: bool
+) -> None:
+    expected = pngs.example(tmp_path / "x.png", kind, depth, transparent, interlaced)[:, 1:-1]  # cropped to a square
+    with Image.open(tmp_path / "x.png") as image:
+        found = folder_module._pixels(image, 11)
+    assert np.abs(found - expected).max() <= 0.5
+
+
+def test_only_the_very_grey_of_16_bits_is_transparent(tmp_path: Path) -> None:
+    samples = np.full((4, 4, 1), 77 * 256 + 5)
+    samples[:2] += 1
+    pngs.write(tmp_path / "x.png", samples, pngs.GREY, 16, False, tRNS=struct.pack(">H", 77 * 256 + 5))
+    with Image.open(tmp_path / "x.png") as image:
+        assert folder_module._pixels(image, 4)[:, 0, 0].tolist() == [77, 77, 255, 255]
+
+
 def test_camera_orientation_is_obeyed(tmp_path: Path) -> None:
     folder = make_folder(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 3  # turned by 180 degrees
     noise(0).save(folder / "train" / "cat" / "0.png", exif=exif)
     assert np.array_equal(pixels(load_folder(folder, tmp_path)), np.asarray(noise(0))[::-1, ::-1])
+
+
+def test_camera_orientation_is_obeyed_in_16_bits(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    grey = np.arange(16, dtype=np.uint16).reshape(4, 4) << 8
+    Image.fromarray(grey).save(tmp_path / "x.png", exif=exif)
+    with Image.open(tmp_path / "x.png") as image:
+        assert np.array_equal(folder_module._pixels(image, 4)[:, :, 0], np.arange(16)[::-1].reshape(4, 4))
 
 
 def test_centre_crop_of_the_shorter_side(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from .images import DataError, ImageData
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".gif", ".tif", ".tiff"})
 
-_CACHE_FORMAT = 1  # raised whenever the same files would give other pixels
+_CACHE_FORMAT = 2  # raised whenever the same files would give other pixels
 _FILES_PER_TASK = 64
 _LARGEST_OWN_CHOICE = 224  # pixels: what image_size=None scales large images of mixed sizes to
 
@@ -156,12 +156,13 @@ def _common_size(sizes: list[tuple[int, int]]) -> int:
 
 
 def _pixels(image: Image.Image, size: int) -> np.ndarray:
-    """One image as RGB, uint8 ``[size, size, 3]``."""
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+    """One image as RGB on white, uint8 ``[size, size, 3]``."""
+    if image.mode in ("I", "F"):
         raise ValueError(f"pixels of 32 bits per channel (mode {image.mode}) have no known range; convert to 8 bits")
+    _scale_transparent_colour(image)
     image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = _of_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -170,6 +171,27 @@ def _pixels(image: Image.Image, size: int) -> np.ndarray:
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Make the one colour of a PNG that is transparent comparable with its pixels, of which PIL makes 8 bits.
+
+    Of 16 bits both lose the lower ones, so that all colours with the same upper ones are transparent.
+    """
+    raw_mode, colour = (image.tile or [(None,) * 4])[0][3], image.info.get("transparency")
+    if raw_mode in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * (255 // (2 ** int(raw_mode[-1]) - 1))
+    elif raw_mode == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits; what is transparent stays so."""
+    values, transparent = np.asarray(image), image.info.get("transparency")
+    grey = Image.fromarray((values >> 8).astype(np.uint8))
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
 
 
 def _open_all(paths: list[Path], use: Callable[[int, Image.Image], None], label: str) -> None:
