@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .nn import MaskedConv2d
-from .pruning_plan import explain_dense_state, unmask
+from .pruning_plan import explain_missing_masks, unmask
 from .pruning_report import LayerReport, PruningReport
 from .pruning_schedule import Ramp, is_due, next_due, risen, why_never
 
@@ -43,7 +43,7 @@ class Pruner:
         never = why_never(*schedule[1:])
         if never and self.until != 0:
             warnings.warn(f"nothing will be pruned but by pruner.update(): {never}", stacklevel=3)
-        self._hook = model.register_load_state_dict_pre_hook(explain_dense_state)
+        self._hook = model.register_load_state_dict_post_hook(explain_missing_masks)
 
     def step(self) -> bool:
         """Count a finished iteration, and update the masks if the next one is due. Call it after ``optimizer.step()``.

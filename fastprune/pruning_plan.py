@@ -222,23 +222,14 @@ def unmask(layers: Iterable[nn.Conv2d], bake: bool) -> None:
         layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
-def explain_dense_state(
-    model: nn.Module,
-    state: Mapping[str, Any],
-    prefix: str,
-    metadata: Mapping[str, Any],
-    strict: bool,
-    missing: list[str],
-    unexpected: list[str],
-    errors: list[str],
-) -> None:
-    """Say what to do with a ``state_dict`` without masks, before it is loaded; a hook of a masked model."""
-    masked = [name for name, module in model.named_modules() if isinstance(module, MaskedConv2d)]
-    without = [name for name in masked if f"{prefix}{name}.mask" not in state and f"{prefix}{name}.weight" in state]
-    said = (
-        f"this state_dict has no masks ({prefix}{without[0] if without else ''}.mask): load it before FilterPruner or "
-        f"WeightPruner converts the model; or with strict=False, which keeps the masks that are there, and call "
-        f"pruner.update() for those of the new weights"
-    )
-    if strict and without and said not in errors:
-        errors.append(said)
+def explain_missing_masks(model: nn.Module, keys: Any) -> None:
+    """Say what to do with a ``state_dict`` of a dense model; a hook of masked ones, behind ``load_state_dict``."""
+    names = tuple(f"{name}.mask" for name, module in model.named_modules() if isinstance(module, MaskedConv2d))
+    without = [key for key in keys.missing_keys if key.endswith(names)]
+    dense = [key for key in without if f"{key.removesuffix('mask')}weight" not in keys.missing_keys]
+    if dense:
+        warnings.warn(
+            f"the state_dict has weights without masks ({dense[0]}), so that the model keeps the masks that it has: load "
+            f"a dense model's weights before a pruner converts the model; or with strict=False, then pruner.update()",
+            stacklevel=4,  # where load_state_dict is called
+        )

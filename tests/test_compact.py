@@ -133,7 +133,7 @@ def layered(*layers: nn.Module) -> nn.Sequential:
 
 
 def with_masks(model: nn.Sequential, **masks: list[int]) -> nn.Sequential:
-    pruner = FilterPruner(model, 0.0, every=10**6)
+    pruner = FilterPruner(model, 0.0, every=10**6, removable_only=False)
     pruner.set_masks({name.strip("_"): torch.tensor(mask).bool() for name, mask in masks.items()})
     return model
 

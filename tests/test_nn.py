@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import prune
 
-from fastprune import FilterPruner, MaskedConv2d, WeightPruner, models
+from fastprune import Decorrelation, FilterPruner, MaskedConv2d, WeightPruner, models
 from fastprune.nn import mask_convolutions
 
 
@@ -187,6 +187,97 @@ def test_what_cannot_be_masked() -> None:
         mask_convolutions(small_model(), ignore=["layer9"])
 
 
+@pytest.mark.parametrize("argument", ["ignore", "include"])
+@pytest.mark.parametrize("call", [mask_convolutions, Decorrelation, FilterPruner])
+def test_lists_of_modules(call: Callable[..., object], argument: str) -> None:
+    if call is Decorrelation and argument == "include":
+        pytest.skip("it has none")
+    model, rate = small_model(), [0.5] if call is FilterPruner else []
+    before = {name: type(module) for name, module in model.named_modules()}
+    for entries, error, message in (
+        ("0", TypeError, r"must be a list of names or modules, got the string '0'; write \['0'\]"),
+        (model[0], TypeError, r"must be a list of names or modules, got a Conv2d; write \[module\]"),
+        (["0", 3], TypeError, "must be a list of names or modules, got 3 in it"),
+        (["3", "conv1"], ValueError, "'conv1' is no module of this model"),
+        ([nn.Conv2d(3, 8, 3)], ValueError, "a Conv2d is no module of this model"),
+    ):
+        with pytest.raises(error, match=rf"^{argument}:? {message}"):
+            call(model, *rate, **{argument: entries})
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_a_layer_without_a_shape() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyConv2d(4, 3))
+    with pytest.raises(TypeError, match="^1 has no shape yet: call the model once on an input, then mask it"):
+        mask_convolutions(model)
+    assert type(model[0]) is nn.Conv2d, "nothing is changed"
+    assert list(mask_convolutions(copy.deepcopy(model), ignore=["1"])) == ["0"]
+    model(torch.randn(1, 3, 9, 9))
+    assert list(mask_convolutions(model)) == ["0", "1"]
+
+
+def test_a_dtype_without_masks() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, dtype=torch.complex64))
+    with pytest.raises(
+        TypeError, match="the weight of 1 has dtype complex64: masked are float32, .* list others in ignore"
+    ):
+        mask_convolutions(model)
+    assert type(model[0]) is nn.Conv2d, "nothing is changed"
+
+
+@pytest.mark.parametrize("by_weight", [False, True])
+def test_layers_of_different_dtypes(by_weight: bool) -> None:
+    model, images = small_model(), torch.randn(4, 3, 9, 7)
+    model[3].bfloat16()
+    model.insert(3, ToBfloat16())
+    mask_convolutions(model, by_weight=by_weight)
+    set_masks(model)
+    hidden = model[:3](images).bfloat16()
+    expected = functional.conv2d(hidden, model[4].weight * expanded(model[4]), model[4].bias, stride=2)
+    assert expected.dtype == torch.bfloat16
+    torch.testing.assert_close(model(images), expected.flatten(1))
+    model(images).sum().backward()
+    assert [model[i].weight.grad.dtype for i in (0, 4)] == [torch.float32, torch.bfloat16]
+
+
+class ToBfloat16(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.bfloat16()
+
+
+# ------------------------------------------------------------------------------------------------- the device `meta`
+
+
+@pytest.mark.parametrize("by_weight", [False, True])
+@pytest.mark.parametrize("way", ["assign", "to_empty"])
+def test_feedback_of_a_model_made_on_meta(way: str, by_weight: bool) -> None:
+    real, images = small_model(), torch.randn(4, 3, 9, 9)
+    with torch.device("meta"):
+        model = small_model()
+    for each in (real, model):
+        for layer in mask_convolutions(each, by_weight=by_weight).values():
+            layer.fill_feedback(0.25)
+    set_masks(real)
+    if way == "to_empty":
+        model.to_empty(device="cpu")
+    model.load_state_dict(real.state_dict(), assign=way == "assign")
+    assert model[0].feedback.tolist() == real[0].feedback.tolist()
+    for each in (real, model):
+        each(images).square().sum().backward()
+    for parameter, other in zip(model.parameters(), real.parameters(), strict=True):
+        assert torch.equal(parameter.grad, other.grad)
+
+
+def test_feedback_on_another_device_is_named() -> None:
+    model = small_model()
+    mask_convolutions(model)
+    model[0].feedback = torch.ones(8, device="meta")
+    with pytest.raises(
+        RuntimeError, match=r"^masked_weights: feedback must be on the device of weights \(cpu\), got meta"
+    ):
+        model(torch.randn(4, 3, 9, 9))
+
+
 def test_ignore_takes_names_prefixes_and_modules() -> None:
     model = models.create("resnet20")
     layers = mask_convolutions(model, ignore=["layer1", model.conv1])
@@ -260,6 +351,6 @@ def test_weights_that_a_hook_makes_are_not_taken(reparametrise: Callable[[nn.Mod
     model = small_model()
     reparametrise(model[3])
     with pytest.raises(TypeError, match=r"the weight of 3 is no parameter .* fastprune\.accelerate"):
-        FilterPruner(model, 0.5)
+        FilterPruner(model, 0.5, removable_only=False)
     assert type(model[0]) is nn.Conv2d, "nothing is changed"
     assert list(FilterPruner(model, 0.5, ignore=["3"]).layers) == ["0"]
