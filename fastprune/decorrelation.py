@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .nn import MaskedConv2d, is_listed
+from .arguments import finite_number
+from .nn import MaskedConv2d, is_listed, listed_of
 
 Kind = Literal["covariance", "kernel-covariance", "correlation", "orthogonality"]
 Precision = Literal["highest", "high", "medium"]
@@ -26,7 +27,9 @@ class Decorrelation:
         precision: of products of matrices, see :func:`fastprune.ops.decorrelation`.
 
     Raises:
-        ValueError: for an unknown kind or precision, a negative alpha, or a model without convolutions.
+        ValueError: for an unknown kind or precision, an alpha that is negative or not finite, an entry of ``ignore``
+            that names nothing, or a model without convolutions.
+        TypeError: for an alpha that is no number, or an ``ignore`` that is no list.
     """
 
     def __init__(
@@ -41,11 +44,12 @@ class Decorrelation:
     ) -> None:
         if kind not in ops.DECORRELATION_KINDS:
             raise ValueError(f"kind must be one of {', '.join(ops.DECORRELATION_KINDS)}; got {kind!r}")
-        if not alpha >= 0:
+        alpha = finite_number("alpha", alpha)
+        if alpha < 0:
             raise ValueError(f"alpha must not be negative, got {alpha}")
         if precision not in ops.PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(ops.PRECISIONS)}; got {precision!r}")
-        ignore = list(ignore)
+        ignore = listed_of(model, "ignore", ignore)
         self.kind, self.alpha, self.precision = kind, alpha, precision
         self.include_diagonal, self.include_pruned = include_diagonal, include_pruned
         self.layers = [

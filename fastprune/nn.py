@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
 from . import ops
 from .onednn import safe_operands
-from .ops.checks import same_layout
+from .ops.checks import DTYPES, same_layout
 from .ops.masked_weights import is_transformed
 
 
@@ -24,7 +26,7 @@ class MaskedConv2d(nn.Conv2d):
     Attributes:
         mask: bool buffer, ``[F]`` (whole filters) or the weight's shape (single weights); True is kept.
         feedback: what multiplies the gradient that pruned filters or weights get; None means 1 (straight-through).
-            ``[F]`` float32 for a filter mask; a scalar for a weight mask.
+            ``[F]`` float32 for a filter mask; a scalar for a weight mask. See :meth:`fill_feedback`.
         kept: the masked weights that an optimizer writes in its step, see :class:`MaskedWeights`; None where every
             forward masks the weight. Copies of the module have None.
     """
@@ -34,12 +36,50 @@ class MaskedConv2d(nn.Conv2d):
     mask: Tensor
     feedback: Tensor | None
     kept: MaskedWeights | None = None
+    _feedback_value: float | None = None  # what feedback was filled with
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: D102
+        if isinstance(input, Tensor) and input.is_quantized:
+            raise TypeError(
+                "a masked convolution got a quantized tensor: quantize what fastprune.compact makes of the model, or "
+                "quantize the masked model with torch.fx (prepare_fx, prepare_qat_fx)"
+            )
         weight = None if self.kept is None else self.kept.of(self)
         if weight is None:
             weight = masked_weight(self.weight, self.mask, self.feedback)
         return self._conv_forward(*safe_operands(input, weight, self.stride), self.bias)
+
+    def fill_feedback(self, value: float) -> None:
+        """Set ``feedback`` to one value for all filters or weights.
+
+        It is no part of the ``state_dict``: a model made on the device ``meta`` gets it from here once its weights are
+        elsewhere.
+        """
+        shape = self.mask.shape if self.mask.dim() == 1 else ()
+        self.feedback = torch.full(shape, value, dtype=torch.float32, device=self.mask.device)
+        self._feedback_value = value
+
+    def _feedback_after(self, was_meta: bool) -> None:
+        """Fill feedback again after mask and weight have left the device ``meta``, where it had no value."""
+        if was_meta and not self.mask.is_meta and self._feedback_value is not None:
+            self.fill_feedback(self._feedback_value)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        was_meta = self.feedback is not None and self.feedback.is_meta
+        super()._load_from_state_dict(*arguments)
+        self._feedback_after(was_meta)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedConv2d:
+        was_meta = self.feedback is not None and self.feedback.is_meta
+        super()._apply(fn, recurse)
+        self._feedback_after(was_meta)
+        return self
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise TypeError(
+            "torch.jit.script cannot take masked convolutions: script what fastprune.compact makes of the model, or "
+            "use torch.jit.trace, torch.export or torch.compile"
+        )
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"{super().extra_repr()}, mask={list(self.mask.shape)}"
@@ -58,16 +98,23 @@ def masked_weight(weight: Tensor, mask: Tensor, feedback: Tensor | None) -> Tens
         A fresh tensor of the shape of ``weight``, in autocast's dtype where autocast is on, else in the weight's.
     """
     dtype = _compute_dtype(weight)
-    if mask.dim() == 1:
+    if mask.dim() == 1 and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
         # A model moved by .half() takes its float buffers along.
         scale = None if feedback is None else feedback.float()
         return ops.masked_weight(weight, mask, dtype, scale)
+    # What is exported has no op of ours, so that ONNX can say it and it runs without fastprune.
+    mask, feedback = _along_filters(mask, weight), None if feedback is None else _along_filters(feedback, weight)
     dropped = torch.where(mask, 0, weight)
     # What is dropped is dropped in value only; its gradient is let through by the share `feedback`.
     if feedback is None:
         return (weight - dropped.detach()).to(dtype)
     through = dropped - dropped.detach()  # 0, with a gradient
     return (torch.where(mask, weight, 0) + through * feedback.to(weight.dtype)).to(dtype)
+
+
+def _along_filters(values: Tensor, weight: Tensor) -> Tensor:
+    """``[F]`` shaped to broadcast over the weight; others as they are."""
+    return values.view(-1, *[1] * (weight.dim() - 1)) if values.dim() == 1 else values
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -188,6 +235,40 @@ def is_listed(name: str, module: nn.Module, entries: Iterable[str | nn.Module]) 
     )
 
 
+def listed(argument: str, entries: Iterable[str | nn.Module]) -> list[str | nn.Module]:
+    """The entries of an argument such as ``ignore`` as a list.
+
+    Raises:
+        TypeError: for a lone name or module, and for an entry that is neither.
+    """
+    if isinstance(entries, (str, nn.Module)):
+        got, lone = (
+            (f"the string {entries!r}", repr(entries))
+            if isinstance(entries, str)
+            else (f"a {type(entries).__name__}", "module")
+        )
+        raise TypeError(f"{argument} must be a list of names or modules, got {got}; write [{lone}]")
+    found = list(entries)
+    for entry in found:
+        if not isinstance(entry, (str, nn.Module)):
+            raise TypeError(f"{argument} must be a list of names or modules, got {entry!r} in it")
+    return found
+
+
+def listed_of(model: nn.Module, argument: str, entries: Iterable[str | nn.Module]) -> list[str | nn.Module]:
+    """:func:`listed`, all of them names or modules of the model.
+
+    Raises:
+        ValueError: for an entry that is none of it; TypeError as :func:`listed`.
+    """
+    names, found = dict(model.named_modules()), listed(argument, entries)
+    for entry in found:
+        if (entry not in names) if isinstance(entry, str) else all(entry is not module for module in names.values()):
+            shown = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
+            raise ValueError(f"{argument}: {shown} is no module of this model")
+    return found
+
+
 def mask_convolutions(
     model: nn.Module,
     ignore: Iterable[str | nn.Module] = (),
@@ -210,18 +291,17 @@ def mask_convolutions(
 
     Raises:
         ValueError: if there is no convolution, or if an entry of ``ignore`` or ``include`` names nothing.
-        TypeError: if a convolution is of a subclass of ``Conv2d``, whose own forward would be lost, or if a hook makes
-            its weight, as those of :mod:`torch.nn.utils.prune` do. Nothing is changed then.
+        TypeError: if ``ignore`` or ``include`` is no list; if a convolution is of a subclass of ``Conv2d``, whose own
+            forward would be lost; if a hook makes its weight, as those of :mod:`torch.nn.utils.prune` do; if it has no
+            shape yet, or if its weight has another dtype than float32, float64, bfloat16 and float16.
+
+    After an error the model is as it was.
     """
-    names = dict(model.named_modules())
-    ignore, include = list(ignore), None if include is None else list(include)
-    for argument, entries in (("ignore", ignore), ("include", include or [])):
-        for entry in entries:
-            if (entry not in names) if isinstance(entry, str) else (entry not in names.values()):
-                raise ValueError(f"{argument}: {entry!r} is no module of this model")
+    ignore = listed_of(model, "ignore", ignore)
+    include = None if include is None else listed_of(model, "include", include)
     convolutions = {
         name: module
-        for name, module in names.items()
+        for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d)
         and not is_listed(name, module, ignore)
         and (include is None or is_listed(name, module, include))
@@ -243,6 +323,9 @@ def mask_convolutions(
 
 
 def _check_maskable(name: str, module: nn.Conv2d) -> None:
+    name = name or "the model"
+    if is_lazy(module.weight):
+        raise TypeError(f"{name} has no shape yet: call the model once on an input, then mask it")
     if type(module) not in (nn.Conv2d, MaskedConv2d):
         raise TypeError(
             f"{name} is a {type(module).__name__}, a Conv2d with a forward of its own, which masking would "
@@ -250,6 +333,11 @@ def _check_maskable(name: str, module: nn.Conv2d) -> None:
         )
     if "weight" not in module._parameters:
         raise TypeError(
-            f"the weight of {name or 'the model'} is no parameter but made of others by a hook, after masking would "
+            f"the weight of {name} is no parameter but made of others by a hook, after masking would "
             f"have read it: fastprune.accelerate converts what torch.nn.utils.prune has masked; list others in ignore"
+        )
+    if module.weight.dtype not in DTYPES:
+        raise TypeError(
+            f"the weight of {name} has dtype {str(module.weight.dtype).removeprefix('torch.')}: masked are float32, "
+            f"float64, bfloat16 and float16; list others in ignore"
         )

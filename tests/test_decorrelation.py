@@ -88,7 +88,11 @@ def test_bad_arguments() -> None:
         Decorrelation(model, precision="tf32")
     with pytest.raises(ValueError, match="alpha"):
         Decorrelation(model, alpha=-1)
-    with pytest.raises(ValueError, match="alpha"):
-        Decorrelation(model, alpha=float("nan"))
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"alpha must be finite, got {alpha}"):
+            Decorrelation(model, alpha=alpha)
+    for wrong in ("1e-4", True, None):
+        with pytest.raises(TypeError, match=f"alpha must be a number, got {wrong!r}"):
+            Decorrelation(model, alpha=wrong)
     with pytest.raises(ValueError, match="no Conv2d"):
         Decorrelation(nn.Linear(3, 3))
