@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
+def whole_number(name: str, value: Any, least: int | None = None) -> int:
     """Return ``value`` as an int.
 
     Raises:
@@ -17,8 +17,8 @@ def whole_number(name: str, value: Any, least: int) -> int:
         ValueError: if it is below ``least``.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, at least {least}; got {value!r}")
-    if value < least:
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
 

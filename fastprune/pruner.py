@@ -108,7 +108,7 @@ class FilterPruner(Pruner):
                 if feedback != "straight-through":
                     norm = norms.get(name.removeprefix(prefix))
                     scale = 0.0 if feedback == "none" else norm.eps**0.5 if norm is not None else 1.0
-                    layer.feedback = torch.full_like(layer.mask, scale, dtype=torch.float32)
+                    layer.fill_feedback(scale)
             filters = {name: len(layer.mask) for name, layer in layers.items()}
             self.coupling = None if self._plan.written is None else Coupling(filters, self._plan.written)
             pinned = tuple(self._plan.pinned_among(filters))

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
-from .coupling import Ids, written_channels
-from .nn import MaskedConv2d, is_listed, mask_convolutions
+from .coupling import Ids, Written, written_channels
+from .nn import MaskedConv2d, is_listed, listed, mask_convolutions
 from .output_layers import output_layers
 
 Entries = Iterable[str | nn.Module]
@@ -90,24 +90,34 @@ def plan(
     made = Plan(listed("ignore", ignore), None if include is None else listed("include", include))
     inner, prefix = unwrapped(model)
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
-        raise ValueError(f"{lazy[0]} has no shape yet: call the model once on an input, then make its pruner")
+        raise TypeError(f"{lazy[0]} has no shape yet: call the model once on an input, then make its pruner")
     written = None if example_input is None else written_channels(inner, example_input)
     if written is not None:
         made = Plan(made.ignore, made.include, written={f"{prefix}{name}": own.ids for name, own in written.items()})
-    if not removable_only:
-        return made
-    stays: dict[str, tuple[NDArray[np.bool_] | None, str]]  # None for all filters
-    if written is None:
-        stays = {f"{prefix}{name}": (None, "writes the output") for name in _output_layers(inner)}
-    else:
-        stays = {f"{prefix}{name}": (~own.removable, own.why) for name, own in written.items() if own.why}
-        convolutions = [name for name, module in inner.named_modules() if isinstance(module, nn.Conv2d)]
-        stays |= {f"{prefix}{name}": (None, "not called") for name in convolutions if name not in written}
-    _settle(made, model, stays)
+    if removable_only:
+        stays = _stays(inner, written)
+        _settle(made, model, {f"{prefix}{name}".rstrip("."): own for name, own in stays.items()})
     return made
 
 
-def _settle(made: Plan, model: nn.Module, stays: Mapping[str, tuple[NDArray[np.bool_] | None, str]]) -> None:
+# Which filters of a convolution cannot be removed, None for all of them; and why.
+Stays = tuple[NDArray[np.bool_] | None, str]
+
+
+def _stays(model: nn.Module, written: Mapping[str, Written] | None) -> dict[str, Stays]:
+    """By name of a convolution, which of its filters cannot be removed, as far as can be told."""
+    if isinstance(model, nn.Conv2d):
+        return {"": (None, "writes the output")}
+    if written is None:
+        return dict.fromkeys(_output_layers(model), (None, "writes the output"))
+    stays: dict[str, Stays] = {name: (~own.removable, own.why) for name, own in written.items() if own.why}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and name not in written:
+            stays[name] = None, "not called"
+    return stays
+
+
+def _settle(made: Plan, model: nn.Module, stays: Mapping[str, Stays]) -> None:
     """Leave alone what cannot be removed, unless it is asked for by its very name."""
     asked = made.include or []
     chosen = {
@@ -132,22 +142,6 @@ def _settle(made: Plan, model: nn.Module, stays: Mapping[str, tuple[NDArray[np.b
             f"there is nothing to prune that could be removed ({reasons}): name layers one by one in include to prune "
             f"them all the same, or pass removable_only=False"
         )
-
-
-def listed(argument: str, entries: Entries) -> list[str | nn.Module]:
-    """The entries of ``ignore`` or ``include`` as a list.
-
-    Raises:
-        TypeError: for a lone name or module, and for entries that are neither.
-    """
-    if isinstance(entries, (str, nn.Module)):
-        shown = repr(entries) if isinstance(entries, str) else f"a {type(entries).__name__}"
-        raise TypeError(f"{argument} must be a list of names or modules, got {shown} itself: put it into a list")
-    found = list(entries)
-    for entry in found:
-        if not isinstance(entry, (str, nn.Module)):
-            raise TypeError(f"{argument} must be a list of names or modules, got {entry!r} in it")
-    return found
 
 
 def check_alike(layers: Mapping[str, nn.Conv2d]) -> None:
@@ -181,7 +175,7 @@ def _output_layers(model: nn.Module) -> set[str]:
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # where FilterPruner is called
+    warnings.warn(message, stacklevel=6)  # where FilterPruner is called
 
 
 @contextmanager
@@ -218,7 +212,8 @@ def unmask(layers: Iterable[nn.Conv2d], bake: bool) -> None:
         for name in ("mask", "feedback"):
             del layer._buffers[name]
         layer._non_persistent_buffers_set.discard("feedback")
-        vars(layer).pop("kept", None)
+        for name in ("kept", "_feedback_value"):
+            vars(layer).pop(name, None)
         layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
@@ -229,7 +224,8 @@ def explain_missing_masks(model: nn.Module, keys: Any) -> None:
     dense = [key for key in without if f"{key.removesuffix('mask')}weight" not in keys.missing_keys]
     if dense:
         warnings.warn(
-            f"the state_dict has weights without masks ({dense[0]}), so that the model keeps the masks that it has: load "
-            f"a dense model's weights before a pruner converts the model; or with strict=False, then pruner.update()",
+            f"the state_dict has weights without masks ({dense[0]}), so that the model keeps the masks that it has: "
+            f"load a dense model's weights before a pruner converts the model; or with strict=False, and then call "
+            f"pruner.update()",
             stacklevel=4,  # where load_state_dict is called
         )

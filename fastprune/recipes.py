@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
 from . import models
+from .arguments import finite_number, whole_number
 from .precision import PrecisionOrAuto
 from .schedule import Schedule
 
@@ -85,15 +85,15 @@ class Config:
     min_kept: int = 1
     """Filters that every layer keeps, whatever the threshold; 0 lets whole layers be pruned."""
     couple: bool = False
-    """Keep or prune filters together whose outputs are added up: residual streams get narrower, and the small network
-    faster."""
+    """Keep or prune filters together whose outputs are added up, and prune only what can be removed: residual streams
+    get narrower, and the small network faster."""
     compact_when_frozen: bool = False
     """When the masks stay, train on without what is pruned: a small network, which at first computes the same but near
     the borders of images. Batch norm and the regulariser no longer count what was pruned."""
     round_to: int = 1
     """Keep filters in multiples of this."""
     prune_every: int = 4
-    """Renew the masks before every so-many-th iteration of an epoch."""
+    """Update the masks every so many iterations (in the recipe faithful, as published: of each epoch anew)."""
     prune_until: float = 226 / 300
     """Share of the epochs after which the masks stay."""
     feedback: Literal["normalized", "straight-through", "none"] = "normalized"
@@ -129,9 +129,7 @@ class Config:
     def __post_init__(self) -> None:
         if not models.exists(self.model):
             raise ValueError(f"--model must be one of {', '.join(models.NAMES)}; got {self.model!r}")
-        for name, value in vars(self).items():
-            if isinstance(value, float) and math.isinf(value):
-                raise ValueError(f"{flag(name)} must be finite, got {value}")
+        self._check_numbers()
         counts = ("epochs", "batch_size", "accumulate", "prune_every", "max_steps", "limit_train", "limit_test")
         for name in (*counts, "round_to", "image_size", "lr", "minutes"):
             value = getattr(self, name)
@@ -146,9 +144,10 @@ class Config:
             )
         if not 0 <= self.prune_rate < 1:
             raise ValueError(f"--prune-rate must be in [0, 1), got {self.prune_rate}")
-        for name in ("prune_until", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{flag(name)} must be in [0, 1], got {getattr(self, name)}")
+        for name, most in (("prune_until", 1), ("label_smoothing", 1), ("target_accuracy", 100)):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= most:
+                raise ValueError(f"{flag(name)} must be in [0, {most}], got {value}")
         if self.couple and not (self.prunes and self.prune_type == "structured"):
             raise ValueError("--couple is for filters: it needs --prune-type structured and a --prune-rate above 0")
         if self.compact_when_frozen and not (self.prunes and self.prune_type == "structured"):
@@ -175,6 +174,18 @@ class Config:
         if self.prune_type == "unstructured" and self.feedback == "normalized":
             # BatchNorm's amplification is of filters without variance: single weights have no such correction.
             object.__setattr__(self, "feedback", "straight-through")
+
+    def _check_numbers(self) -> None:
+        """Whole numbers where only those make sense, finite ones elsewhere, as plain numbers, which JSON takes."""
+        for name, hint in get_type_hints(Config).items():
+            value, kinds = getattr(self, name), {hint, *get_args(hint)}
+            if value is None and type(None) in kinds:
+                continue
+            if int in kinds:
+                object.__setattr__(self, name, whole_number(flag(name), value))
+            elif float in kinds:
+                number = finite_number(flag(name), value)
+                object.__setattr__(self, name, value if isinstance(value, int) else number)
 
     @property
     def prunes(self) -> bool:

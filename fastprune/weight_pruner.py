@@ -50,7 +50,7 @@ class WeightPruner(Pruner):
             check_alike(layers)
             if feedback == "none":
                 for layer in layers.values():
-                    layer.feedback = torch.zeros((), device=layer.weight.device)
+                    layer.fill_feedback(0.0)
             # Before the first backward there are no gradients.
             super().__init__(model, layers, schedule, update_now=not self._needs_gradients)
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from fastprune.recipes import RECIPES, Config, parse, read_config, translate
+from fastprune.recipes import RECIPES, Config, flag, parse, read_config, translate
 
 
 def assert_fields(config: Config, **fields: Any) -> None:
@@ -129,18 +132,21 @@ def test_translation_leaves_the_rest_alone() -> None:
         ("--model vgg", "--model must be one of resnet20"),
         ("--lr high", "--lr"),
         ("--lr 0", "--lr must be above 0, got 0"),
-        ("--lr nan", "--lr must be above 0, got nan"),
+        ("--lr nan", "--lr must be finite, got nan"),
         ("--batch-size 0", "--batch-size must be above 0"),
         ("--accumulate 0", "--accumulate must be above 0"),
         ("--batch-size 4 --accumulate 5", "at most --batch-size 4, got 5"),
         ("--epochs -1", "--epochs must be above 0"),
+        ("--epochs 1.5", "--epochs"),
+        ("--alpha nan", "--alpha must be finite, got nan"),
+        ("--target-accuracy 101", "--target-accuracy must be in [0, 100], got 101"),
         ("--minutes 0", "--minutes must be above 0, got 0"),
         ("--minutes inf", "--minutes must be finite, got inf"),
         ("--lr inf", "--lr must be finite, got inf"),
         ("--max-steps 0", "--max-steps must be above 0"),
         ("--limit-train 0", "--limit-train must be above 0"),
         ("--prune-rate 1", "--prune-rate must be in [0, 1), got 1"),
-        ("--prune-rate nan", "--prune-rate must be in [0, 1), got nan"),
+        ("--prune-rate nan", "--prune-rate must be finite, got nan"),
         ("--prune-until 2", "--prune-until must be in [0, 1]"),
         ("--alpha -1", "--alpha must not be negative"),
         ("--seed -1", "--seed must not be negative"),
@@ -163,6 +169,29 @@ def test_bad_command_lines_end_with_a_message_and_status_2(
     captured = capsys.readouterr()
     said = " ".join((captured.out + captured.err).replace("│", " ").split())
     assert message in said
+
+
+NUMBERS = [field.name for field in dataclasses.fields(Config) if field.type in (int, float, int | None, float | None)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_numbers(name: str) -> None:
+    for value in ("1", True, torch.ones(())):
+        with pytest.raises(TypeError, match=rf"{flag(name)} must be a (whole )?number, got "):
+            dataclasses.replace(Config(), **{name: value})
+    if "float" in str(Config.__annotations__[name]):
+        for value in (math.nan, math.inf, -math.inf):
+            with pytest.raises(ValueError, match=f"{flag(name)} must be finite, got {value}"):
+                dataclasses.replace(Config(), **{name: value})
+    else:
+        with pytest.raises(TypeError, match=f"{flag(name)} must be a whole number, got 2.5"):
+            dataclasses.replace(Config(), **{name: 2.5})
+
+
+def test_numbers_of_numpy_become_plain_ones() -> None:
+    config = Config(epochs=np.int32(3), lr=np.float32(0.5), min_kept=np.int64(0))
+    assert [type(config.epochs), type(config.lr), type(config.min_kept)] == [int, float, int]
+    assert json.loads(json.dumps(config.to_json()))["lr"] == 0.5
 
 
 def test_help_explains_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
