@@ -17,6 +17,7 @@ from . import onednn
 from .channels import analyse, effective_weights, is_depthwise, is_layer
 from .compact_report import CompactReport, LayerChange
 from .graph import trace
+from .inputs import positional
 from .keep import Selected
 from .nn import MaskedConv2d
 from .scatter import Scatter
@@ -37,28 +38,28 @@ class CompactModel(fx.GraphModule):
             In a convolution with groups each filter has inputs of its own: ``[F, I]``.
     """
 
-    report: CompactReport
-    origins: Origins
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "report", "origins"]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactModel:
-        twin = super().__deepcopy__(memo)
-        assert isinstance(twin, CompactModel)
-        twin.report, twin.origins = self.report, copy.deepcopy(self.origins, memo)
-        return twin
+    @property
+    def report(self) -> CompactReport:  # noqa: D102
+        return self.meta["report"]
+
+    @property
+    def origins(self) -> Origins:  # noqa: D102
+        return self.meta["origins"]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restored, (type(self).__name__, self.report, self.origins, *super().__reduce__())
+        return _restored, (self.__class__.__name__, self.meta, *super().__reduce__())
 
 
 def _restored(
-    name: str, report: CompactReport, origins: Origins, build: Callable[..., fx.GraphModule], parts: tuple[Any, ...]
+    name: str, meta: dict[str, Any], build: Callable[..., fx.GraphModule], parts: tuple[Any, ...]
 ) -> CompactModel:
     network = build(*parts)
     restored = CompactModel(network, network.graph, name)
-    restored.train(network.training)
     for path, module in network.named_modules():
         restored.get_submodule(path).training = module.training
-    restored.report, restored.origins = report, origins
+    restored.meta = meta
     return restored
 
 
@@ -114,22 +115,28 @@ def compact(
         raise ValueError(f"round_to must be an integer of at least 1, got {round_to!r}")
     if exact and recalibrate is not None:
         raise ValueError("recalibrate takes statistics anew, which is not exact: it is for exact=False")
-    network = trace(model, example_input)
+    network = trace(model, positional(example_input))
     _check_masks(network, masks or {})
     weights = effective_weights(network, masks or {})
     _check_weights(weights)
     _warn_if_unpruned(network, masks)
     selected = Selected(analyse(network, weights, exact), round_to)
-    small = CompactModel(copy.deepcopy(network), copy.deepcopy(network.graph), type(model).__name__)
-    small.origins = {}
+    made_by_hooks = {
+        id(value): value.detach().clone()
+        for module in network.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf  # which cannot be copied, and is made anew when it is called
+    }
+    small = CompactModel(copy.deepcopy(network, made_by_hooks), copy.deepcopy(network.graph), type(model).__name__)
+    all_origins: Origins = {}
     for node in network.graph.nodes:
         if node.op == "call_module":
             made, origins = Shrunk(selected, node, network.get_submodule(str(node.target))).made()
             if made is not None:
                 small.set_submodule(str(node.target), made)
-                small.origins.update({f"{node.target}.{name}": index for name, index in origins.items()})
+                all_origins.update({f"{node.target}.{name}": index for name, index in origins.items()})
     _scatter_branches(selected, small)
-    small.report = _report(selected, network, small)
+    small.meta["report"], small.meta["origins"] = _report(selected, network, small), all_origins
     if recalibrate is not None:
         update_bn(recalibrate, small, device=next(small.parameters()).device)
     return small
@@ -144,7 +151,7 @@ def _check_masks(network: fx.GraphModule, masks: Mapping[str, Tensor]) -> None:
             raise ValueError(f"masks: {name} is {kind}, and masks are for Conv2d and Linear layers of this model")
         if name in read:
             raise ValueError(f"masks: the forward also reads the weights of {name} by itself, which no mask reaches")
-        shape = modules[name].get_parameter("weight").shape
+        shape = modules[name].weight.shape
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in (shape, shape[:1]):
             came = f"{mask.dtype} of {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
@@ -185,7 +192,7 @@ def _change(selected: Selected, name: str, module: nn.Module, made: nn.Module | 
     zero = (weight.flatten(1) == 0).all(1).cpu().numpy()
     if made is None:  # its branch is constant
         return LayerChange(name, len(weight), int(zero.sum()), 0, (weight.shape[1], 0), "")
-    before, after = (tuple(layer.get_parameter("weight").shape) for layer in (module, made))
+    before, after = tuple(weight.shape), tuple(made.state_dict().get("weight", weight).shape)
     why: dict[str, int] = {}
     node = next(node for node in analysis.network.graph.nodes if node.op == "call_module" and node.target == name)
     channels = analysis.results.get(node)

@@ -60,6 +60,7 @@ def trace(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
             memory that is read in another way; or if the example is not what it takes.
     """
     settled = Settled(model, example_input)
+    modes = {module: module.training for module in model.modules()}
     graphs = []
     for training in (True, False):
         with _mode(model, training):
@@ -70,7 +71,9 @@ def trace(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
     own = dict(traced.named_modules())
     for name, module in model.named_modules():
         if name in own:
-            own[name].training = module.training
+            own[name].training = modes[module]
+    for module, was in modes.items():  # those that the graph has under other names
+        module.training = was
     if example_input is not None:
         with _mode(traced, False):
             _propagate_shapes(traced, settled)
@@ -104,7 +107,7 @@ def _propagate_shapes(traced: fx.GraphModule, settled: Settled) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         fake = [pytree.tree_map_only(Tensor, mode.from_tensor, value) for value in settled.examples]
-        with mode, torch.no_grad():
+        with _attributes_kept(traced), mode, torch.no_grad():
             _Shapes(traced).run(*fake)
     except Exception as error:  # layers say in many ways that an input does not fit
         tensors = [leaf for leaf in pytree.tree_leaves(settled.examples) if isinstance(leaf, Tensor)]
@@ -115,6 +118,24 @@ def _propagate_shapes(traced: fx.GraphModule, settled: Settled) -> None:
             f"{type(settled.model).__name__} does not run on an example_input of {', '.join(shapes)}{own}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
+
+
+@contextmanager
+def _attributes_kept(network: nn.Module) -> Iterator[None]:
+    """Whatever hooks set, as those of torch.nn.utils.weight_norm set a weight, the modules have what they had."""
+    before = [
+        (module, dict(vars(module)), dict(module._buffers))
+        for module in network.modules()
+        if module._forward_pre_hooks or module._forward_hooks
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 class _Shapes(fx.Interpreter):
@@ -150,6 +171,7 @@ class _Rewriter:
                 f"{type(model).__name__} cannot be traced (torch.fx), its forward must not decide by the values or "
                 f"shapes of tensors nor loop over them: {type(error).__name__}: {error}{place_of(error)}"
             ) from error
+        graph._tracer_cls = fx.Tracer  # by which pickles are read
         self.graph = graph
         self.traced = fx.GraphModule(with_constants(model, tracer.constants), graph, type(model).__name__)
         for node in list(graph.nodes):
@@ -270,8 +292,9 @@ def _must_agree(trained: fx.GraphModule, tested: fx.GraphModule) -> None:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             ours_now, theirs_now = (traced.get_buffer(node.target) for traced in (trained, tested))
             if ours_now.dtype != theirs_now.dtype or not torch.equal(ours_now, theirs_now):
-                place = f" ({node.stack_trace.strip().splitlines()[-1].strip()})" if node.stack_trace else ""
-                raise ValueError(f"{name} makes a tensor that is another one each time, at random or by mode{place}")
+                raise ValueError(
+                    f"{name} makes a tensor that is another one each time, at random or by mode{place_of(node)}"
+                )
 
 
 def _describe(node: fx.Node) -> str:

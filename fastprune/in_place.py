@@ -16,13 +16,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from .layer_kinds import FUNCTIONS, METHODS, kind_of
+from .tracer import place_of
 
 __all__ = ["redirect_readers"]
 
-_OPERATORS: set[Any] = {
-    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
-    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
-}
+# Those that write, and what they do to a number.
+_OPERATORS: dict[Any, Any] = {
+    getattr(operator, f"i{name}"): getattr(operator, name)
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "lshift", "rshift", "xor")
+} | {operator.iand: operator.and_, operator.ior: operator.or_}
 # They change what a tensor is, not what is in its memory: its views stay as they were.
 _METADATA = {
     *("resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
@@ -83,6 +85,8 @@ class _Writers:
         target = self._written(node)
         if self._is_immutable(node):
             self.immutable.add(node)
+            # The code that torch.fx writes, `h += 1`, would change the variable for its other readers.
+            node.target = _OPERATORS.get(node.target, node.target)
         self.places[node] = self._places_of(node) if target is None else self.places[target]
         for root, _ in self.places[node]:
             self.sharing[root].append(node)
@@ -94,7 +98,7 @@ class _Writers:
             if root.op == "get_attr":
                 _refuse(node, f"writes to {root.target}, which belongs to the model")
             for other in self.sharing[root]:
-                readers = [user for user in other.users if order[user] > order[node]]
+                readers = [user for user in other.users if order[user] > order[node] and not _asks_for_size(user)]
                 if other not in (target, node) and readers and self._overlap(other, target):
                     _refuse(
                         node,
@@ -133,14 +137,10 @@ class _Writers:
 
     def _is_immutable(self, node: fx.Node) -> bool:
         """Whether it is a number, or a tuple: `h += 1` writes to none."""
-        if node.op == "call_method":
-            return node.target in _NUMBERS or _is_split(node)
-        if node.op != "call_function":
-            return False
-        if node.target is getattr:
-            return node.args[1] in ("shape", "ndim")
-        if _is_split(node):
+        if _asks_for_size(node) or _is_split(node):
             return True
+        if node.op != "call_function" or node.target is getattr:
+            return False
         if node.target is operator.getitem and _is_split(node.args[0]):
             return False
         plain = getattr(node.target, "__module__", "") in ("_operator", "operator", "math", "builtins")
@@ -173,6 +173,10 @@ class _Writers:
         return target if isinstance(target, fx.Node) else None
 
 
+def _asks_for_size(node: fx.Node) -> bool:
+    return node.target in _NUMBERS or (node.target is getattr and node.args[1] in ("shape", "ndim"))
+
+
 def _is_in_place(name: str) -> bool:
     if name.startswith("__"):
         return getattr(operator, name, None) in _OPERATORS
@@ -200,7 +204,6 @@ def _asks_in_place(node: fx.Node) -> bool:
 
 def _refuse(node: fx.Node, what: str) -> NoReturn:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
-    place = f" ({' '.join(node.stack_trace.split())})" if node.stack_trace else ""
     raise ValueError(
-        f"{name} {what}: fastprune cannot follow that; use the form that returns a new tensor instead{place}"
+        f"{name} {what}: fastprune cannot follow that; use the form that returns a new tensor instead{place_of(node)}"
     )

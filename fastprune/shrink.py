@@ -49,7 +49,7 @@ class Shrunk:
         )
         if not is_layer(self.module) or read_by_forward:  # the forward reads the dense weight, or the mask
             return None
-        weight, own = self.selected.analysis.weights[name], self.module.get_parameter("weight")
+        weight, own = self.selected.analysis.weights[name], _weight_of(self.module)
         if type(self.module) is not MaskedConv2d and weight.data_ptr() == own.data_ptr():
             return None
         made = copy.deepcopy(self.module)
@@ -153,6 +153,12 @@ class Shrunk:
         if self.node in self.selected.shifts:
             made.get_buffer("running_mean").sub_(self.selected.shifts[self.node])
         return made, dict.fromkeys(taken, (rows,))
+
+
+def _weight_of(layer: nn.Module) -> Tensor:
+    """A parameter, or what a hook has made of others."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
 
 
 def _filled(made: nn.Module, module: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:

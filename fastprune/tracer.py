@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
+from .inputs import positional
 from .nn import MaskedConv2d
 from .scatter import Scatter
 from .torchvision_layers import is_frozen_batch_norm, is_stochastic_depth
@@ -38,20 +40,19 @@ class Settled:
         _check_traceable(model)
         self.model = model
         self.examples: tuple[Any, ...] = ()
-        inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-        given = () if example_input is None else inputs
+        given = () if example_input is None else positional(example_input)
         parameters = list(inspect.signature(model.forward).parameters.values())
-        positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         extra = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), None)
-        needed = [p.name for p in positional if p.default is p.empty]
-        if given and not len(needed) <= len(given) <= (len(given) if extra else len(positional)):
-            most = "or more" if extra else f"to {len(positional)}" if len(positional) > len(needed) else ""
+        needed = [p.name for p in named if p.default is p.empty]
+        if given and not len(needed) <= len(given) <= (len(given) if extra else len(named)):
+            most = "or more" if extra else f"to {len(named)}" if len(named) > len(needed) else ""
             raise ValueError(
                 f"{type(model).__name__} takes {len(needed)} {most + ' ' if most else ''}inputs "
-                f"({', '.join(p.name for p in positional)}), and example_input has {len(given)}: "
+                f"({', '.join(p.name for p in named)}), and example_input has {len(given)}: "
                 f"give a tuple with one entry for each"
             )
-        names = [p.name for p in positional]
+        names = [p.name for p in named]
         if example_input is None:
             # Of a forward that takes whatever comes, one input.
             self.inputs = needed or ([f"{extra}_0"] if extra else names[:1])
@@ -61,9 +62,6 @@ class Settled:
         self.arguments = [_INPUT if _has_tensors(value) else value for value in given]
         self.examples = tuple(value for value, own in zip(given, self.arguments) if own is _INPUT)
         self.inputs = [name for name, value in zip(names, self.arguments) if value is _INPUT]
-        if not self.inputs:
-            kinds = ", ".join(type(value).__name__ for value in given)
-            raise ValueError(f"example_input must be a tensor or a tuple with tensors, got {kinds}")
 
 
 def _has_tensors(value: Any) -> bool:
@@ -135,6 +133,7 @@ class Tracer(fx.Tracer):
             left = iter(proxies)
             return self.root.forward(*(next(left) if own is _INPUT else own for own in self.settled.arguments))
 
+        forward.__annotations__ = dict(getattr(root_fn, "__annotations__", {}))  # torch.fx keeps that of the result
         return forward, inputs
 
     def create_arg(self, a: Any) -> Any:
@@ -160,11 +159,17 @@ def is_drop_path(module: nn.Module) -> bool:
     return type(module).__name__ == "DropPath" and hasattr(module, "drop_prob")
 
 
-def place_of(error: Exception) -> str:
-    """Where in the model's own code it happened, if it was there."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(ours)]
-    return f" (at {frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
+def place_of(what: Exception | fx.Node) -> str:
+    """Where in the model's own code an error was raised, or a node comes from; empty if that is not known."""
+    if isinstance(what, Exception):
+        frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(what.__traceback__)]
+    else:
+        frames = re.findall(r'File "(.+)", line (\d+), in .*\n\s*(.*)', what.stack_trace or "")
+    own = [frame for frame in frames if not frame[0].startswith(_OURS)]
+    return " (at {}:{}: {})".format(*own[-1]) if own else ""
 
 
 def with_constants(model: nn.Module, constants: dict[str, Tensor]) -> nn.Module:
