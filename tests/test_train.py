@@ -218,11 +218,13 @@ def test_settings_of_the_pruner_reach_it(images: ImageData, settings: dict[str, 
         assert found == value
 
 
+@pytest.mark.parametrize(("recipe", "expected"), [("fast", [2, 5, 8, 11]), ("faithful", [2, 5, 9, 12])])
 @pytest.mark.parametrize("rate", [0.3, 0.6])
-def test_masks_are_those_of_the_rule_at_its_steps_and_stay_at_others(images: ImageData, rate: float) -> None:
-    trainer = Trainer(
-        config(prune_rate=rate, min_kept=0, epochs=3, batch_size=8, prune_every=3, prune_until=2 / 3), images
-    )
+def test_masks_are_those_of_the_rule_at_its_steps_and_stay_at_others(
+    images: ImageData, rate: float, recipe: str, expected: list[int]
+) -> None:
+    settings = {"recipe": recipe, "prune_rate": rate, "min_kept": 0, "batch_size": 8, "prune_every": 3}
+    trainer = Trainer(config(**settings, epochs=3, prune_until=2 / 3), images)
     layers = [module for module in trainer.model.modules() if isinstance(module, MaskedConv2d)]
     assert trainer.steps_per_epoch == 7  # the last of two images
     before = np.ones(784, dtype=bool)
@@ -231,14 +233,31 @@ def test_masks_are_those_of_the_rule_at_its_steps_and_stay_at_others(images: Ima
         for step in trainer.train_steps(21):
             masks = np.concatenate([layer.mask.numpy() for layer in layers])
             epoch, iteration = divmod(step, 7)  # of the next forward pass
-            if epoch < 2 and (iteration + 1) % 3 == 0:
+            counted = iteration if recipe == "faithful" else step
+            if epoch < 2 and (counted + 1) % 3 == 0:
                 np.testing.assert_array_equal(masks, numpy_mask(layers, rate))
                 renewed.append(step)
             else:
                 np.testing.assert_array_equal(masks, before)
             before = masks
-    assert renewed == [2, 5, 9, 12]
+    assert renewed == expected
     assert not np.array_equal(before, numpy_mask(layers, rate))  # the weights went on, the masks did not
+
+
+@pytest.mark.filterwarnings("ignore:compact. the masks keep every filter")
+def test_epochs_shorter_than_the_time_between_updates(
+    small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"prune_every": 5, "epochs": 3, "decorrelation": "none"}  # of four steps an epoch
+    summary = train.run(config(out=tmp_path / "fast", **settings))
+    assert summary["last"]["kept_filters"] < 784
+    assert "nothing will be pruned" not in capsys.readouterr().out
+    summary = train.run(config(out=tmp_path / "faithful", recipe="faithful", **settings))
+    assert summary["last"]["kept_filters"] == 784
+    captured = capsys.readouterr()
+    said = "nothing will be pruned: every=5 counts from the start of each epoch, and an epoch has 4 iterations"
+    assert captured.out.count(said) == 1
+    assert "nothing will be pruned" not in captured.err
 
 
 def test_sparsity_is_zeros_of_the_masks_over_all_parameters(images: ImageData) -> None:

@@ -32,8 +32,9 @@ def main() -> int:
     before = np.concatenate([layer.mask.cpu().numpy() for layer in layers])
     for step in trainer.train_steps(config.max_steps or trainer.steps_per_epoch):
         mask = np.concatenate([layer.mask.cpu().numpy() for layer in layers])
-        # Masks are renewed before iteration i when (i + 1) % every == 0; `step` iterations are behind.
-        if (step % trainer.steps_per_epoch + 1) % config.prune_every == 0:
+        # Masks are renewed before iteration i when (i + 1) % every == 0, as published of the epoch; `step` are behind.
+        iteration = step % trainer.steps_per_epoch if config.recipe == "faithful" else step
+        if (iteration + 1) % config.prune_every == 0:
             updates += 1
             equal += bool((mask == rule([layer.weight for layer in layers], config.prune_rate)).all())
         elif (mask != before).any():
