@@ -33,7 +33,7 @@ if __name__ == "__main__":
     lightning.seed_everything(0)
     images = data.embedded(0, train=256, test=10)
     inputs = data.normalize(images.train_images, images.mean, images.std)
-    pruning = FilterPruning(rate=0.5, network="model")
+    pruning = FilterPruning(rate=0.5, network="model", example_input=torch.zeros(1, 3, 32, 32))
     with tempfile.TemporaryDirectory() as folder:
         trainer = lightning.Trainer(
             max_epochs=1, callbacks=[pruning], accelerator="cpu", default_root_dir=folder, logger=False

@@ -9,7 +9,7 @@ from fastprune import data, models
 torch.manual_seed(0)
 images = data.embedded(0, train=512, test=256)
 model = models.create("resnet20")
-pruner = fastprune.FilterPruner(model, rate=0.5)  # 1
+pruner = fastprune.FilterPruner(model, rate=0.5, example_input=torch.zeros(1, 3, 32, 32))  # 1
 decorrelation = fastprune.Decorrelation(model, "covariance", alpha=0.01)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 

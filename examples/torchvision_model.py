@@ -10,7 +10,10 @@ from fastprune import data
 torch.manual_seed(0)
 images = data.embedded(0, train=256, test=10)
 model = torchvision.models.resnet18(num_classes=10)
-pruner = fastprune.FilterPruner(model, rate=0.6, every=2, schedule="cubic", ramp_steps=6, until=8)
+example = torch.zeros(1, 3, 32, 32)
+pruner = fastprune.FilterPruner(
+    model, rate=0.6, every=2, until=8, schedule="cubic", ramp_steps=6, example_input=example
+)
 optimizer = fastprune.optim.PrunedSGD(model.parameters(), lr=0.02, momentum=0.9, pruner=pruner)
 
 for batch in torch.randperm(256).split(32):

@@ -105,6 +105,11 @@ class Coupling:
         members[group[order], places] = order
         self.group, self._members, self._counts = map(torch.from_numpy, (group, members, counts))
 
+    @property
+    def coupled(self) -> Tensor:
+        """``[N]`` bool: whether a filter shares its score with others."""
+        return (self._counts > 1)[self.group]
+
     def together(self, scores: Tensor) -> Tensor:
         """Every filter's score replaced by the mean over those it is coupled with, which then are equal.
 

@@ -207,8 +207,9 @@ class FilterPruner(Pruner):
         assert self._above is not None
         count = int(self._part(self._above, name).sum())
         pinned = int(self._plan.pinned[name].sum()) if name in self._plan.pinned else 0
-        coupled = ", scored with those they are added to" if self.coupling is not None else ""
-        why = f"{count - pinned} above the {self.selection.scope} threshold{coupled}"
+        why = f"{count - pinned} above the {self.selection.scope} threshold"
+        if self.coupling is not None and self._part(self.coupling.coupled, name).any():
+            why += ", scored with those that write the same channels"
         if kept > count:
             rules = {"min_kept": count < self.selection.min_kept, "round_to": self.selection.round_to > 1}
             reasons = [f"{rule} {getattr(self.selection, rule)}" for rule, counts in rules.items() if counts]

@@ -323,7 +323,8 @@ def loop_of_a_user(wrapped: bool, changed: bool) -> dict[str, Tensor]:
     layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3)]
     model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     parallel = DistributedDataParallel(model)
-    pruner = FilterPruner(parallel if wrapped else parallel.module, rate=0.4, every=2, feedback="straight-through")
+    options: dict[str, Any] = {"every": 2, "feedback": "straight-through", "removable_only": False}
+    pruner = FilterPruner(parallel if wrapped else parallel.module, rate=0.4, **options)
     decorrelation = Decorrelation(model, "covariance", alpha=0.1)
     optimizer = PrunedSGD(parallel.parameters(), lr=0.1, momentum=0.9, pruner=pruner, masked_dtype=torch.float32)
     generator = torch.Generator().manual_seed(distributed.rank())
