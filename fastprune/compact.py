@@ -196,7 +196,7 @@ def _change(selected: Selected, name: str, module: nn.Module, made: nn.Module | 
     why: dict[str, int] = {}
     node = next(node for node in analysis.network.graph.nodes if node.op == "call_module" and node.target == name)
     channels = analysis.results.get(node)
-    if channels is not None and not is_depthwise(module):
+    if channels is not None and len(channels.ids) == len(zero) and not is_depthwise(module):
         kept = range(len(zero)) if after[0] == before[0] else selected.index(channels).tolist()
         for position in (position for position in kept if zero[position]):
             reason = selected.why.get(analysis.root(int(channels.ids[position])), f"{name} stays whole")

@@ -178,7 +178,7 @@ class _Rewriter:
             self._rewrite(node)
         redirect_readers(graph, self.modules)
         graph.eliminate_dead_code()
-        self.traced.delete_all_unused_submodules()
+        self._forget_what_nobody_reads()
         graph.lint()
         self.traced.recompile()
 
@@ -211,6 +211,16 @@ class _Rewriter:
                     last = self._append(last, self._free_name(f"{name}_{part}"), behind)
         elif _is_renamed_norm(module):
             self._set(name, _plain(module, next(kind for kind in _NORMS if isinstance(module, kind))))
+
+    def _forget_what_nobody_reads(self) -> None:
+        self.traced.delete_all_unused_submodules()
+        read = {str(node.target) for node in self.graph.nodes if node.op in ("get_attr", "call_module")}
+        for path, module in self.traced.named_modules():
+            own = f"{path}." if path else ""
+            if read.isdisjoint((path, *_containers(path))):  # not part of a module that is called
+                for name in [*module._parameters, *module._buffers]:
+                    if f"{own}{name}" not in read:
+                        delattr(module, name)
 
     def _lift(self, node: fx.Node) -> None:
         """Turn a function of a layer's own parameters into the layer."""
@@ -253,6 +263,12 @@ class _Rewriter:
         prefix, _, own = name.rpartition(".")
         self.traced.get_submodule(prefix).add_module(own, module)
         self.modules[name] = module
+
+
+def _containers(path: str) -> list[str]:
+    """The paths of the modules that a module is in."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -30,8 +30,13 @@ def is_due(steps: int, every: int, period: int | None) -> bool:
 
 def next_due(steps: int, every: int, until: int | None, period: int | None) -> int | None:
     """After how many finished iterations, at least ``steps``, masks are updated next; None for never."""
-    due = next((i for i in range(steps, steps + every + (period or 0)) if is_due(i, every, period)), None)
-    return None if due is None or (until is not None and due >= until) else due
+    first = steps - steps % period if period else 0  # of the epoch
+    due = first + -(-(steps - first + 1) // every) * every - 1
+    if period and due >= first + period:
+        due = first + period + every - 1
+        if every > period:
+            return None
+    return None if until is not None and due >= until else due
 
 
 def why_never(every: int, until: int | None, period: int | None) -> str:
