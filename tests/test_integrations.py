@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainerCall
 from fastprune import FilterPruner
 from fastprune.integrations.lightning import FilterPruning
 from fastprune.integrations.transformers import FilterPruning as TransformersFilterPruning
-from fastprune.nn import MaskedConv2d, mask_convolutions
+from fastprune.nn import MaskedConv2d
 
 EVERY = 3
 DDP = Path(__file__).with_name("integrations_ddp.py")
@@ -130,6 +130,28 @@ def test_lightning_tests_a_new_module_from_a_checkpoint(tmp_path: Path) -> None:
     assert not all(conv.mask.all() for conv in new.modules() if isinstance(conv, MaskedConv2d))
 
 
+class Segmenting(Module):
+    """Its last convolution writes the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*self.net[:4], nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"example_input": torch.zeros(1, 3, 8, 8)}, {"removable_only": False}], ids=str
+)
+def test_lightning_converts_for_a_checkpoint_what_was_converted_to_fit(tmp_path: Path, options: dict[str, Any]) -> None:
+    module, pruning = Segmenting(), FilterPruning(0.5, network="net", every=EVERY, **options)
+    trainer = lightning_trainer(tmp_path, pruning, max_epochs=1)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    assert isinstance(module.net[3], MaskedConv2d) == ("removable_only" in options)
+    expected = trainer.test(module, loader(), verbose=False)
+    new = lightning_trainer(tmp_path, FilterPruning(0.5, network="net", every=EVERY, **options))
+    assert new.test(Segmenting(), loader(), tmp_path / "one.ckpt", verbose=False) == expected
+
+
 def test_lightning_tests_a_pruned_module_as_it_is(tmp_path: Path) -> None:
     module, _, trainer = fit(tmp_path, 1)
     expected = trainer.test(module, loader(), verbose=False)
@@ -149,7 +171,7 @@ def test_lightning_checkpoint_loads_without_a_trainer(tmp_path: Path) -> None:
     module, _, trainer = fit(tmp_path, 1)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     new = Module()
-    mask_convolutions(new.net)
+    FilterPruner(new.net, 0.5)
     new.load_state_dict(torch.load(tmp_path / "one.ckpt", weights_only=True)["state_dict"])
     images = batches()[0]
     assert torch.equal(new.eval().net(images), module.eval().net(images))
