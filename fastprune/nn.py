@@ -23,6 +23,11 @@ class MaskedConv2d(nn.Conv2d):
     Its ``state_dict`` has Conv2d's keys and ``mask``. Made by :func:`mask_convolutions`, which turns the convolutions
     of a model into this class in place: parameters keep their identity, so optimizers made before stay valid.
 
+    What is traced or exported (ONNX, :mod:`torch.export`, ``torch.jit.trace``) is masked, and runs without fastprune.
+    But tools that read ``weight`` instead of calling the module see the dense one and forget the mask, such as
+    ``timm.utils.reparameterize_model`` and ``torch.utils.mkldnn.to_mkldnn``; and quantizers take no weight that is
+    computed. For those, call ``pruner.remove()`` first, or :func:`fastprune.compact`.
+
     Attributes:
         mask: bool buffer, ``[F]`` (whole filters) or the weight's shape (single weights); True is kept.
         feedback: what multiplies the gradient that pruned filters or weights get; None means 1 (straight-through).

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.utils.mkldnn
 from torch import Tensor, fx, nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -232,6 +233,31 @@ def test_dynamic_quantisation_and_fusion() -> None:
     fused.block[0] = torch.nn.utils.fuse_conv_bn_eval(fused.block[0], fused.block[1])  # type: ignore[index]
     fused.block[1] = nn.Identity()  # type: ignore[index]
     assert_close(fused(IMAGES), expected)
+
+
+# ------------------------------------------------------------------------------- tools that read weights of modules
+
+
+def to_mkldnn(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    converted = torch.utils.mkldnn.to_mkldnn(model)
+    return lambda images: converted(images.to_mkldnn()).to_dense()
+
+
+@pytest.mark.parametrize("convert", [to_mkldnn, timm.utils.model.reparameterize_model], ids=["mkldnn", "timm"])
+def test_what_reads_weights_has_the_masks_after_remove(
+    convert: Callable[[nn.Module], Callable[[Tensor], Tensor]],
+) -> None:
+    torch.manual_seed(0)
+    model: nn.Module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    if convert is not to_mkldnn:
+        model = timm.create_model("repvgg_a0", num_classes=3)
+        model.get_submodule("head.fc").weight.data.mul_(100)
+    images = torch.randn(2, 3, 64, 64)
+    pruner = FilterPruner(model.eval(), 0.5, every=1)
+    expected = model(images)
+    assert not torch.allclose(convert(copy.deepcopy(model))(images), expected, rtol=1e-2, atol=1e-2)  # as documented
+    pruner.remove()
+    assert_close(convert(model)(images), expected, 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- function transforms

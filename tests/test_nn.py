@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,10 @@ def set_masks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MaskedConv2d):
             module.mask.copy_(torch.rand(module.mask.shape, generator=generator) > 0.5)
+
+
+def filter_pruner(model: nn.Module, **arguments: Any) -> FilterPruner:
+    return FilterPruner(model, 0.5, **arguments)
 
 
 def expanded(conv: MaskedConv2d) -> Tensor:
@@ -188,7 +193,11 @@ def test_what_cannot_be_masked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "argument"), [(mask_convolutions, "ignore"), (mask_convolutions, "include"), (Decorrelation, "ignore")]
+    ("call", "argument"),
+    [
+        *((call, argument) for call in (mask_convolutions, filter_pruner) for argument in ("ignore", "include")),
+        (Decorrelation, "ignore"),
+    ],
 )
 def test_lists_of_modules(call: Callable[..., object], argument: str) -> None:
     model = small_model()
