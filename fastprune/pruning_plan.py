@@ -137,10 +137,12 @@ def _settle(made: Plan, model: nn.Module, stays: Mapping[str, Stays]) -> None:
             made.pinned[name] = which
             made.notes[name] = f"{int(which.sum())} cannot be removed: {why}"
     if chosen and len(made.left) == len(chosen):
-        reasons = "; ".join(f"{name or 'the model'}: {why}" for name, why in made.left.items())
+        reasons = [f"{name or 'the model'}: {why}" for name, why in made.left.items()]
+        if len(reasons) > 3:
+            reasons[3:] = [f"and {len(reasons) - 3} more"]
         raise ValueError(
-            f"there is nothing to prune that could be removed ({reasons}): name layers one by one in include to prune "
-            f"them all the same, or pass removable_only=False"
+            f"there is nothing to prune that could be removed ({'; '.join(reasons)}): name layers one by one in include "
+            f"to prune them all the same, or pass removable_only=False"
         )
 
 

@@ -160,6 +160,13 @@ def test_a_model_of_output_layers_alone_is_refused() -> None:
         FilterPruner(segmentation(), 0.5, ignore=["0"])
 
 
+def test_of_many_layers_the_first_are_named() -> None:
+    model = nn.Sequential(*[layer for _ in range(5) for layer in (nn.Conv2d(3, 3, 1), nn.PReLU())])
+    said = r"\(0: read whole by 1; 2: read whole by 3; 4: read whole by 5; and 2 more\): name layers one by one"
+    with pytest.raises(ValueError, match=said):
+        FilterPruner(model, 0.5, example_input=IMAGES)
+
+
 def test_output_layers_of_known_networks() -> None:
     names = {"squeezenet1_1": {"classifier.1"}, "resnet18": set(), "mobilenet_v2": set(), "densenet121": set()}
     for name, expected in names.items():
