@@ -20,7 +20,7 @@ from .onednn import is_protection
 from .sync_batchnorm import SyncBatchNorm2d
 from .torchvision_layers import is_frozen_batch_norm, is_stochastic_depth
 
-__all__ = ["FOLLOWED", "is_convolution", "is_depthwise", "is_followed", "is_norm", "result_of"]
+__all__ = ["FOLLOWED", "is_convolution", "is_depthwise", "is_followed", "is_norm", "is_resized", "result_of"]
 
 # Those that a branch must be spared, for each channel of its stream, to be worth a Scatter.
 MULTIPLICATIONS_PER_CHANNEL = 32
@@ -88,6 +88,11 @@ def result_of(found: Analysis, node: fx.Node) -> Channels | None:
     return _function(found, node) if node.op in ("call_function", "call_method") else None
 
 
+def is_resized(kind: str) -> bool:
+    """Whether layers of this name have parameters or statistics per channel, which go with them."""
+    return kind in {own.__name__ for own in (*_CONVOLUTIONS, nn.Linear, *_NORMS)} | {"FrozenBatchNorm2d"}
+
+
 def is_convolution(module: nn.Module) -> bool:
     """Whether it is a convolution that can be made smaller: of the very class, not of a subclass."""
     return type(module) in _CONVOLUTIONS
@@ -130,7 +135,8 @@ def _module(found: Analysis, node: fx.Node, module: nn.Module) -> Channels | Non
         found.reads.append(Read(node, source, "bias"))
         return _written(found, found.weights[str(node.target)], module.bias)
     if is_norm(module):
-        return Channels(ids, _normalised(module, constants)) if len(ids) == len(module.get_buffer("running_mean")) else None
+        known = len(ids) == len(module.get_buffer("running_mean"))
+        return Channels(ids, _normalised(module, constants)) if known else None
     if type(module) in _ELEMENTWISE_MODULES:
         return Channels(ids, _applied(module, constants))
     if type(module) in _IDENTITIES or is_stochastic_depth(module):

@@ -38,7 +38,7 @@ class CompactModel(fx.GraphModule):
             In a convolution with groups each filter has inputs of its own: ``[F, I]``.
     """
 
-    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "report", "origins"]
+    __jit_unused_properties__ = [*fx.GraphModule.__jit_unused_properties__, "report", "origins"]  # noqa: RUF012
 
     @property
     def report(self) -> CompactReport:  # noqa: D102
@@ -116,7 +116,7 @@ def compact(
     if exact and recalibrate is not None:
         raise ValueError("recalibrate takes statistics anew, which is not exact: it is for exact=False")
     network = trace(model, positional(example_input))
-    _check_masks(network, masks or {})
+    _check_masks(model, network, masks or {})
     weights = effective_weights(network, masks or {})
     _check_weights(weights)
     _warn_if_unpruned(network, masks)
@@ -142,16 +142,19 @@ def compact(
     return small
 
 
-def _check_masks(network: fx.GraphModule, masks: Mapping[str, Tensor]) -> None:
-    modules = dict(network.named_modules())
+def _check_masks(model: nn.Module, network: fx.GraphModule, masks: Mapping[str, Tensor]) -> None:
+    modules = {**dict(model.named_modules()), **dict(network.named_modules())}  # some of which the forward may not call
     read = {str(node.target).rpartition(".")[0] for node in network.graph.nodes if node.op == "get_attr"}
     for name, mask in masks.items():
         if name not in modules or not is_layer(modules[name]):
-            kind = f"a {type(modules[name]).__name__}" if name in modules else "no layer that the forward calls"
-            raise ValueError(f"masks: {name} is {kind}, and masks are for Conv2d and Linear layers of this model")
+            kind = f"a {type(modules[name]).__name__}" if name in modules else "no layer of this model"
+            raise ValueError(f"masks: {name} is {kind}, and masks are for its Conv2d and Linear layers")
         if name in read:
             raise ValueError(f"masks: the forward also reads the weights of {name} by itself, which no mask reaches")
-        shape = modules[name].weight.shape
+        weight = modules[name]._parameters.get("weight")
+        if weight is None:
+            raise ValueError(f"masks: the weight of {name} is made of others by a hook, which no mask reaches")
+        shape = weight.shape
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape not in (shape, shape[:1]):
             came = f"{mask.dtype} of {list(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(

@@ -1,4 +1,7 @@
-"""``python -m fastprune.info``: versions, which implementation of each op is active and why, CPU, threads and CUDA."""
+"""``python -m fastprune.info``: versions, which implementation of each op is active and why, CPU, threads and CUDA.
+
+With ``--layers``, what networks may be made of, and what becomes of it when they are made smaller.
+"""
 
 import argparse
 import json
@@ -6,6 +9,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import torch
 
 from . import __version__, ops
+from .supported import FOLLOWED_THROUGH, SMALLER, WHOLE, supported
 
 _PACKAGES = ("torch", "torchvision", "triton", "numpy")
 # Of the CPU's features, those that decide how fast this package's arithmetic can be.
@@ -116,11 +121,35 @@ def render(info: dict[str, Any]) -> str:
     return "\n\n".join("\n".join([title, *_table(rows)]) for title, rows in sections.items())
 
 
+def render_layers() -> str:
+    """Return the layers and functions that networks may be made of, as aligned text."""
+    layers = [row for row in supported() if row.arguments is not None]
+    functions = [row for row in supported() if row.arguments is None]
+    sections: dict[str, list[tuple[str, ...]]] = {
+        "Layers, with the arguments that are saved": [
+            (row.name, row.channels, ", ".join(row.arguments or ())) for row in layers
+        ],
+        "Functions and methods": [(row.name, row.channels) for row in functions],
+    }
+    explained = (
+        f"{SMALLER}: loses pruned filters and the channels they wrote\n"
+        f"{FOLLOWED_THROUGH}: channels are removed in front of it and behind it\n"
+        f"{WHOLE}: computes what it did, on all of its channels\n"
+        f"All of these can be saved. Any other that torch.fx traces is {WHOLE}, too, but cannot be saved."
+    )
+    return "\n\n".join([explained, *("\n".join([title, *_table(rows)]) for title, rows in sections.items())])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the report; `arguments` are the command line's, the process's own if None."""
     parser = argparse.ArgumentParser(prog="fastprune-info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON for machines")
+    parser.add_argument("--layers", action="store_true", help="list the layers and functions of networks instead")
     options = parser.parse_args(arguments)
+    if options.layers:
+        listed = json.dumps([asdict(row) for row in supported()], indent=2) if options.json else render_layers()
+        sys.stdout.write(listed + "\n")
+        return
     info = collect()
     sys.stdout.write((json.dumps(info, indent=2) if options.json else render(info)) + "\n")
 

@@ -1,6 +1,9 @@
 """The small network computes what the masked one does, whatever the architecture; and what is left of it."""
 
 import copy
+import io
+import pickle
+import warnings
 
 import pytest
 import timm
@@ -12,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastprune import FilterPruner, WeightPruner, compact, models
-from fastprune.compact import carry_optimizer
+from fastprune.compact import CompactModel, carry_optimizer
 from fastprune.optim import PrunedSGD
 from fastprune.scatter import Scatter
 
@@ -354,7 +357,7 @@ def test_the_model_is_not_changed_and_the_small_one_is_ordinary() -> None:
 
 
 def test_masks_of_other_models() -> None:
-    with pytest.raises(ValueError, match="masks: nowhere is no layer that the forward calls"):
+    with pytest.raises(ValueError, match="masks: nowhere is no layer of this model"):
         compact(layered(nn.Conv2d(3, 2, 1)).float(), torch.zeros(1, 3, 4, 4), masks={"nowhere": torch.ones(2).bool()})
 
 
@@ -443,3 +446,246 @@ def test_statistics_are_taken_anew_for_the_approximate_mode() -> None:
     torch.testing.assert_close(small.get_submodule("1").running_mean, inner.mean((0, 2, 3)))
     with pytest.raises(ValueError, match="it is for exact=False"):
         compact(model, example, recalibrate=batches)
+
+
+# ------------------------------------------------------------------------------------- what people's networks do
+
+
+def small_and_masked(model: nn.Module, *inputs: Tensor, **options: object) -> float:
+    """The largest difference from a masked model, as a share of its largest output."""
+    small = compact(model, inputs, **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        expected = model(*inputs)
+        return float((small(*inputs) - expected).abs().max() / expected.abs().max())
+
+
+IMAGES = torch.randn(2, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.AvgPool2d(2, divisor_override=1),
+        nn.AvgPool2d((2, 3), divisor_override=5),
+        nn.AvgPool2d(3, 2, padding=1, divisor_override=4),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d(3, padding=1, count_include_pad=False),
+        nn.MaxPool2d(3, 2, padding=1, dilation=2),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True),
+        nn.LeakyReLU(0.7),
+        nn.CELU(0.3),
+        nn.Hardtanh(0.1, 0.2),
+        nn.Softplus(2.0, 0.5),
+        nn.BatchNorm2d(6, eps=0.5, affine=False),
+        nn.SyncBatchNorm(6),
+        nn.InstanceNorm2d(6, affine=True),
+        nn.GroupNorm(2, 6),
+        nn.PReLU(6),
+        nn.ConvTranspose2d(6, 6, 3, groups=2),
+        torchvision.ops.FrozenBatchNorm2d(6, eps=0.1),
+    ],
+    ids=str,
+)
+def test_what_stands_between_convolutions(between: nn.Module) -> None:
+    model = layered(nn.Conv2d(3, 6, 3, padding=1), between, nn.Conv2d(6, 4, 3, padding=1))
+    assert small_and_masked(with_masks(model, _0=[1, 0, 1, 0, 0, 1]), IMAGES) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.SyncBatchNorm(6), torchvision.ops.FrozenBatchNorm2d(6), type("Renamed", (nn.BatchNorm2d,), {})(6)],
+    ids=str,
+)
+def test_every_batchnorm_gets_smaller(norm: nn.Module) -> None:
+    model = with_masks(layered(nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 4, 3)), _0=[1, 0, 1, 0, 0, 1])
+    assert [row.inputs for row in compact(model, IMAGES).report.layers] == [(3, 3), (6, 3)]
+    assert small_and_masked(model, IMAGES) < 1e-12
+
+
+class Tokens(nn.Module):
+    """A linear layer on tokens, and one that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch, self.tokens = nn.Conv2d(3, 6, 3, 3), nn.Linear(6, 5)
+        self.twice, self.head = nn.Linear(5, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(self.patch(x).flatten(2).transpose(1, 2)).mean(1)
+        return self.head(self.twice(self.twice(x).relu()).relu())
+
+
+def test_masks_of_layers_that_stay_whole_are_applied_and_the_report_says_so() -> None:
+    torch.manual_seed(0)
+    model = randomised(Tokens()).double()
+    masks = {"tokens": torch.tensor([1, 0, 1, 1, 0]).bool(), "twice": torch.tensor([0, 1, 1, 1, 0]).bool()}
+    small, masked = compact(model, IMAGES, masks=masks), copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in masks.items():
+            masked.get_submodule(name).weight[~mask] = 0
+    assert difference(masked, small, 2, 3, 9, 9) < 1e-12
+    rows = {row.name: (row.filters, row.pruned, row.kept, row.inputs) for row in small.report.layers}
+    assert rows["tokens"] == (5, 2, 5, (6, 6))
+    assert rows["twice"] == (5, 2, 5, (5, 5))
+    assert {row.name: row.why for row in small.report.layers}["twice"] == "2: twice serves more than once"
+
+
+def test_the_largest_constant_carries_the_others() -> None:
+    """In float32: a small one would need weights of millions."""
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+            self.left, self.right = nn.Conv2d(8, 4, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return torch.cat(
+                [self.left(functional.gelu(self.first(x))), self.right(functional.gelu(self.second(x)))], 1
+            )
+
+    torch.manual_seed(0)
+    model = Dense().eval()
+    with torch.no_grad():
+        model.stem.bias.zero_()
+        model.first.bias.copy_(torch.tensor([1.0, 0.5, *[0.1] * 6]))
+        model.second.bias.copy_(torch.tensor([-6.0, 0.5, *[0.1] * 6]))
+    FilterPruner(model, 0.0, every=1000, removable_only=False).set_masks(
+        {"stem": torch.tensor([0, 0, *[1] * 6]).bool()}
+    )
+    small = compact(model, IMAGES.float())
+    assert difference(model, small, 2, 3, 9, 9, dtype=torch.float32) < 1e-6
+    assert float(small.right.weight.detach().abs().max()) < 1
+
+
+class Two(nn.Module):
+    """An optional input, and a flag."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, doubled: bool = False) -> Tensor:
+        h = self.a(x).relu()
+        h = h if y is None else h + self.b(y)
+        return self.c(h * 2 if doubled else h)
+
+
+def test_inputs_are_those_of_the_example() -> None:
+    torch.manual_seed(0)
+    model = randomised(Two()).double()
+    FilterPruner(model, 0.0, every=1000, include=["a"]).set_masks({"a": torch.tensor([1, 0, 1, 0, 0, 1]).bool()})
+    assert small_and_masked(model, IMAGES) < 1e-12
+    assert small_and_masked(model, IMAGES, IMAGES.flip(0)) < 1e-12
+    assert not hasattr(compact(model, IMAGES), "b")
+    small = compact(model, (IMAGES, None, True))
+    torch.testing.assert_close(small(IMAGES), model(IMAGES, None, True))
+    with pytest.raises(ValueError, match=r"Two takes 1 to 3 inputs \(x, y, doubled\), and example_input has 4"):
+        compact(model, (IMAGES,) * 4)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_is_frozen_stays_so(frozen: str) -> None:
+    model = layered(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(100, 3)
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen))
+    model[1].train()
+    model[3].requires_grad_(True)
+    small = compact(with_masks(model, _0=[1, 0, 1, 0, 0, 1]), IMAGES)
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in small.named_parameters()} == flags
+    assert [small.get_submodule(name).training for name in "0135"] == [False, True, False, False]
+
+
+def test_layers_with_hooks_stay_whole_with_their_hooks() -> None:
+    model = layered(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    with_masks(model, _0=[1, 0, 1, 0, 0, 1])
+    model[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    assert small_and_masked(model, IMAGES) < 1e-12
+    assert compact(model, IMAGES).report.layers[0].why == "3: 1 has a hook"
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "orthogonal", "hook"])
+def test_parametrised_layers_stay_as_they_are(kind: str) -> None:
+    model = layered(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
+    if kind == "hook":
+        torch.nn.utils.prune.l1_unstructured(model[2], "weight", 0.3)
+    else:
+        getattr(nn.utils.parametrizations, kind)(model[2])
+    before = dict(vars(model[2]))
+    pruner = FilterPruner(model, 0.5, ignore=["2"], every=1000, removable_only=False)
+    pruner.set_masks({"0": torch.tensor([1, 0, 1, 0, 0, 1]).bool()})
+    assert small_and_masked(model.eval(), IMAGES) < 1e-12
+    assert vars(model[2]).keys() == before.keys()
+
+
+def test_tied_layers_and_layers_that_the_forward_reads_stay_whole() -> None:
+    class Reading(nn.Module):
+        def __init__(self, tied: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 6, 3)
+            if tied:
+                self.c.weight = self.b.weight
+            self.tied = tied
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.c(self.b(self.a(x)))
+            return x if self.tied else x * self.a.weight.mean()
+
+    for tied in (False, True):
+        torch.manual_seed(0)
+        model = randomised(Reading(tied)).double()
+        mask = torch.tensor([1, 0, 1, 0, 0, 1]).bool()
+        FilterPruner(model, 0.0, every=1000, include=["a", "b"]).set_masks({"a": mask, "b": mask})
+        assert small_and_masked(model, IMAGES) < 1e-12
+    with pytest.raises(ValueError, match="masks: the forward also reads the weights of a by itself"):
+        compact(Reading(False).double(), IMAGES, masks={"a": mask})
+
+
+def test_small_networks_are_copied_whole() -> None:
+    model = layered(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    small = compact(with_masks(model, _0=[1, 0, 1, 0, 0, 1]), IMAGES)
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small)), torch.load(file, weights_only=False)):
+        assert isinstance(twin, CompactModel)
+        assert twin.report == small.report
+        assert torch.equal(twin.origins["0.weight"][0], torch.tensor([0, 2, 5]))
+        assert torch.equal(twin(IMAGES), small(IMAGES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about TorchScript's age
+        assert torch.equal(torch.jit.script(small)(IMAGES), small(IMAGES))
+
+
+def test_what_cannot_be_kept_is_told() -> None:
+    model = layered(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    with_masks(model, _0=[1] * 6)
+    with pytest.warns(UserWarning, match="the masks keep every filter, so that nothing is removed"):
+        compact(model, IMAGES)
+    for masks, message in (
+        ({"1": torch.ones(6).bool()}, "masks: 1 is a ReLU, and masks are for its Conv2d and Linear layers"),
+        (
+            {"0": torch.ones(5).bool()},
+            r"the mask of 0 must be bool of shape \[6\] or \[6, 3, 3, 3\], got torch.bool",
+        ),
+        ({"0": torch.ones(6)}, "got torch.float32 of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compact(model, IMAGES, masks=masks)
+    for example, message in (
+        (None, "example_input is None, without a tensor"),
+        (IMAGES.numpy(), "example_input is a numpy.ndarray"),
+        (IMAGES[:, :2], r"Sequential does not run on an example_input of \[2, 2, 9, 9\]"),
+        (IMAGES.float(), "its first weight is torch.float64 on cpu"),
+        (IMAGES.to("meta"), r"\[2, 3, 9, 9\] \(torch.float64, meta\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compact(model, example)
+    with torch.no_grad():
+        model[2].weight[1, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="2 has weights that are NaN or infinite"):
+        compact(model, IMAGES)

@@ -1,6 +1,7 @@
 """The graph of a model computes what the model does, in both modes, with the model's own parameters."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
@@ -94,3 +95,73 @@ def test_what_differs_in_training_is_told() -> None:
     with pytest.raises(ValueError, match=r"Differing cannot be traced as one graph: its forward asks for `training`"):
         trace(model)
     assert not model.training
+
+
+class Constants(nn.Module):
+    """Normalises its input by buffers, and adds a tensor of its own making."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.3]))
+        self.grid = torch.linspace(0, 1, 4)  # a tensor that is no buffer
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - self.mean.view(1, 3, 1, 1)) / self.mean.sqrt().view(3, 1, 1)
+        return self.conv(x) * self.grid + torch.linspace(-1, 1, 4).view(4, 1)
+
+
+def test_tensors_that_the_forward_makes_are_kept_in_the_graph_alone() -> None:
+    torch.manual_seed(0)
+    model, images = Constants(), torch.randn(2, 3, 4, 4)
+    before = set(vars(model))
+    traced = trace(model, images)
+    assert torch.equal(traced(images), model(images))
+    assert set(vars(model)) == before
+    assert set(dict(traced.named_buffers())) == {"mean", "grid", "_tensor_constant0"}
+    model.mean.add_(0.1)  # read when the graph runs, as the model does
+    assert torch.equal(traced(images), model(images))
+
+
+def test_tensors_that_are_others_each_time_are_told() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand(3, 1, 1)
+
+    with pytest.raises(ValueError, match=r"makes a tensor that is another one each time.*test_graph.py:\d+: return x"):
+        trace(Noisy())
+
+
+def test_modes_are_left_as_they_are() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout()).train()
+    model[1].eval()
+    traced = trace(model, torch.zeros(2, 3, 4, 4))
+    assert [module.training for module in model] == [True, False, True]
+    assert [traced.get_submodule(name).training for name in "012"] == [True, False, True]
+
+
+def test_what_hooks_set_is_left_as_it_is() -> None:
+    layer = nn.Conv2d(3, 4, 1)
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+    weight = layer.weight
+    trace(nn.Sequential(layer), torch.zeros(2, 3, 4, 4))
+    assert layer.weight is weight  # not one without values
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, "DataParallel wraps the network: pass its .module"),
+        (torch.optim.swa_utils.AveragedModel, "AveragedModel wraps the network: pass its .module"),
+        (torch.compile, "torch.compile wraps the network: pass its ._orig_mod"),
+        (lambda model: torch.jit.trace(model, torch.zeros(1, 3, 4, 4)), "is compiled by torch.jit"),
+        (
+            lambda model: nn.Sequential(nn.LazyConv2d(2, 1)),
+            r"0 has no weights yet \(a lazy layer\): call the model once",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*deprecated:DeprecationWarning")
+def test_wrappers_say_what_to_pass(wrap: Callable[[nn.Module], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(wrap(nn.Sequential(nn.Conv2d(3, 2, 1))))

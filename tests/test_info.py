@@ -12,6 +12,7 @@ import torch
 
 import fastprune
 from fastprune import info
+from fastprune.layer_kinds import FUNCTIONS, METHODS, MODULES
 
 
 @pytest.fixture
@@ -109,3 +110,18 @@ def test_it_runs_as_a_module() -> None:
     assert ran.stdout.startswith("Versions\n")
     assert "Ops (backend: reference)" in ran.stdout
     assert ran.stderr == ""
+
+
+def test_it_lists_the_layers_and_functions(capsys: pytest.CaptureFixture[str]) -> None:
+    info.main(["--layers", "--json"])
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows.keys() == {*MODULES, *FUNCTIONS, *(f"Tensor.{name}" for name in METHODS)}
+    assert rows["Conv2d"]["channels"] == rows["FrozenBatchNorm2d"]["channels"] == "made smaller"
+    assert rows["GroupNorm"]["channels"] == rows["functional.conv2d"]["channels"] == "kept whole"
+    assert (
+        rows["AvgPool2d"]["channels"] == rows["torch.cat"]["channels"] == rows["Tensor.relu_"]["channels"] == "followed"
+    )
+    assert "divisor_override" in rows["AvgPool2d"]["arguments"]
+    info.main(["--layers"])
+    told = capsys.readouterr().out
+    assert all(name in told for name in rows)
