@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import tempfile
 import warnings
 from collections import Counter
@@ -52,6 +53,8 @@ class _Refused(Exception):
 class _Checks:
     def __init__(self, program: Program, folder: Path) -> None:
         self.program, self.path, self.result = program, folder / "network.safetensors", Result()
+        self.before: dict[str, Any] = {}
+        self.rng = random.Random(program.seed)  # what takes long is not done with every network
 
     def found(self, stage: str, kind: str, details: str) -> None:
         self.result.findings.append(Finding(stage, kind, details))
@@ -87,14 +90,14 @@ class _Checks:
         model = self.program.build()
         expected_model, masks = self.program.prune(model)
         inputs = self.program.examples()
-        before, expected = _state(model), outputs(model, inputs)
+        self.before, expected = _state(model), outputs(model, inputs)
         self._stage(self._traced, model, inputs, expected)
         self._stage(self._saved, model, inputs, expected, "save")
         self._stage(self._compacted, model, expected_model, masks, inputs)
         after = _state(model)
-        if before != after:
-            first = next((name for name in before if before.get(name) != after.get(name)), "")
-            self.found("model", "changed", first or str(sorted(after.keys() - before.keys())[:3]))
+        changed = [name for name in self.before | after if self.before.get(name) != after.get(name)]
+        if changed:
+            self.found("model", "changed", ", ".join(changed[:3]))
         return self.result
 
     def _stage(self, function: Callable[..., None], *args: Any) -> None:
@@ -104,10 +107,12 @@ class _Checks:
             pass
 
     def _traced(self, model: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor]) -> None:
-        self.compare("trace", self.attempt("trace", lambda: trace(model, inputs)), inputs, expected)
+        example = inputs if len(self.program.inputs) > 1 or self.rng.random() < 0.3 else None
+        self.compare("trace", self.attempt("trace", lambda: trace(model, example)), inputs, expected)
 
     def _saved(self, model: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor], stage: str) -> None:
-        self.attempt(stage, lambda: fastprune.save(model, self.path, inputs))
+        example = inputs if len(inputs) > 1 or self.rng.random() < 0.3 else None
+        self.attempt(stage, lambda: fastprune.save(model, self.path, example))
         loaded = self.attempt(f"{stage} and load", lambda: fastprune.load(self.path))
         self.compare(f"{stage} and load", loaded, inputs, expected)
 
@@ -129,7 +134,8 @@ class _Checks:
         self._reported(masked, small)
         self._flags(model, small)
         self._single_precision(model, masked, masks, inputs)
-        self._stage(self._saved, small, inputs, expected, "save of compact")
+        if self.rng.random() < 0.4:
+            self._stage(self._saved, small, inputs, expected, "save of compact")
         before, after = small.report.parameters
         self.result.counts["smaller"] += after < before
         self.result.counts["scatter"] += any(isinstance(module, Scatter) for module in small.modules())
@@ -155,15 +161,15 @@ class _Checks:
         for name, parameter in small.named_parameters():
             if name in theirs and theirs[name].requires_grad != parameter.requires_grad:
                 self.found("flags", "differ", f"requires_grad of {name} is {parameter.requires_grad}")
-        modules = dict(model.named_modules())
         for name, module in small.named_modules():
-            if name in modules and modules[name].training != module.training:
+            own = self.before.get(f"training of {name}", module.training)
+            if own != module.training and type(module) is not nn.Module and not any(True for _ in module.children()):
                 self.found("flags", "differ", f"training of {name} is {module.training}")
 
     def _single_precision(
         self, model: nn.Module, masked: nn.Module, masks: dict[str, Tensor], inputs: tuple[Tensor, ...]
     ) -> None:
-        if self.program.lossy:
+        if self.program.lossy or self.rng.random() < 0.4:
             return
         exact = outputs(masked, inputs)
         single = tuple(x.float() for x in inputs)

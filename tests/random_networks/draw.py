@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 
 from fastprune.layer_kinds import FUNCTIONS, METHODS, MODULES
 
@@ -20,7 +19,7 @@ KNOWN = frozenset(
 )
 RECIPES: dict[str, Recipe] = {r.kind: r for r in (*LAYERS, *computing(KNOWN), *moving(KNOWN), *FORMS)}
 _ONLY_FIRST = ("form.second_input", "form.optional_input", "form.number_input")
-_TURNS = 6  # kinds whose turn it is in one network
+_TURNS = 7  # kinds whose turn it is in one network
 
 
 def missing() -> list[str]:
@@ -28,13 +27,14 @@ def missing() -> list[str]:
     return sorted(KNOWN - RECIPES.keys() - {"nn.MaskedConv2d"})
 
 
-def _shuffled(kinds: Iterable[str]) -> list[str]:
-    ordered = sorted(kinds)
+def _order() -> list[str]:
+    """Whose turn it is: those with many arguments, or that often do not fit, come twice."""
+    ordered = sorted([*RECIPES, *(r.kind for r in RECIPES.values() if len(r.options) > 2 or r.kind in _ONLY_FIRST)])
     random.Random(0).shuffle(ordered)
     return ordered
 
 
-_ORDER = _shuffled(RECIPES)
+_ORDER = _order()
 _WEIGHTS = [RECIPES[kind].weight for kind in _ORDER]
 
 
@@ -63,7 +63,7 @@ def _finish(draft: Draft) -> list[str]:
     """Let layers read most of what nothing has read; returns what the network does."""
     left = draft.unread() or [list(draft.values)[-1]]
     returned = []
-    for name in left[-4:]:
+    for name in left:
         if draft.rng.random() < 0.75:
             head = Recipe("form.output", lambda d, name=name: _read(d, name))
             if draft.attempt(head):

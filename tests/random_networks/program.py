@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,6 +25,7 @@ NAMESPACE |= {name: value for name, value in vars(own).items() if isinstance(val
 NAMESPACE |= {"Scatter": Scatter, "StochasticDepth": torchvision.ops.StochasticDepth}
 NAMESPACE |= {"FrozenBatchNorm2d": torchvision.ops.FrozenBatchNorm2d}
 
+_NAME = re.compile(r"\b[xn]\d*\b")
 VARIABLE = re.compile(r"\bx\d*\b")
 # Masks on layers that compact cannot make smaller are part of the test.
 _EVERYWHERE = {"removable_only": False} if "removable_only" in inspect.signature(FilterPruner).parameters else {}
@@ -145,12 +146,15 @@ class Program:
 
     def _draw_flags(self, model: nn.Module) -> None:
         """Let what does not change the result be in train mode, or frozen, now and then."""
-        rng = generator(f"{self.seed} flags")
-        for module in model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and rng() < 0.2:
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and self._chance("train", name) < 0.2:
                 module.train()
-        for parameter in model.parameters():
-            parameter.requires_grad_(rng() < 0.7)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._chance("grad", name) < 0.7)
+
+    def _chance(self, what: str, name: str) -> float:
+        """A number from 0 to 1, the same for a layer whatever others there are."""
+        return random.Random(f"{self.seed} {what} {name}").random()
 
     def examples(self, batch: int = 2, more: int = 0, seed: int = 0) -> tuple[Tensor, ...]:
         """Inputs in float64; ``more`` is added to the sides of images."""
@@ -162,21 +166,22 @@ class Program:
     @torch.no_grad()
     def prune(self, model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
         """Prune the model in place; returns what the small network has to equal, and the masks for ``compact``."""
-        rng = generator(f"{self.seed} pruning")
         layers = {name: m for name, m in model.named_modules() if type(m) in (nn.Conv2d, nn.Linear)}
         convolutions = [name for name, module in layers.items() if isinstance(module, nn.Conv2d)]
         drawn = {name: self._mask(name, layers[name].weight) for name in layers}
-        left = [name for name in convolutions if rng() < 0.1]
+        left = [name for name in convolutions if self._chance("left", name) < 0.1]
         if self.pruning.by == "zeros" or len(left) == len(convolutions):
             for name in convolutions:
                 layers[name].weight[~self._rows(name, len(layers[name].weight))] = 0
         elif self.pruning.by == "filters":
-            pruner = FilterPruner(model, 0.5, every=10**9, feedback="none", ignore=left, **_EVERYWHERE)
+            pruner = FilterPruner(model, 0.5, every=100, feedback="none", ignore=left, **_EVERYWHERE)
             pruner.set_masks({name: self._rows(name, len(mask)) for name, mask in pruner.masks().items()})
         else:
-            weights = WeightPruner(model, 0.5, every=10**9, feedback="none", ignore=left)
+            weights = WeightPruner(model, 0.5, every=100, feedback="none", ignore=left)
             weights.set_masks({name: drawn[name].expand(mask.shape) for name, mask in weights.masks().items()})
-        masks = {name: drawn[name] for name in layers if rng() < self.pruning.argument}
+        text = "\n".join(self._needed())
+        called = [name for name in layers if f"self.{name.partition('.')[0]}(" in text and not self._is_read(name)]
+        masks = {name: drawn[name] for name in called if self._chance("argument", name) < self.pruning.argument}
         expected = copy.deepcopy(model) if masks else model
         for name, mask in masks.items():
             if mask.shape != layers[name].weight.shape:
@@ -187,6 +192,20 @@ class Program:
             if hasattr(module, "mask"):
                 module.mask.fill_(True)
         return expected, masks
+
+    def _needed(self) -> list[str]:
+        """The lines that the outputs depend on; some may be missing, where tensors have several names."""
+        needed, found = set(self.returned), []
+        for line in [line for step in reversed(self.steps) for line in reversed(step.lines)]:
+            made, _, expression = line.partition(" = ")
+            if made in needed or (not expression and needed & set(_NAME.findall(line))):
+                needed |= set(_NAME.findall(expression or line))
+                found.append(line)
+        return found
+
+    def _is_read(self, name: str) -> bool:
+        """Whether the forward reads a layer's weight, besides calling it or not."""
+        return f"self.{name}." in self.source().partition("def forward")[2]
 
     def _rows(self, name: str, count: int) -> Tensor:
         draw = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} mask {name}".encode()))
@@ -223,12 +242,6 @@ def _registered(name: str, call: str) -> str:
     return f"self.{name} = {call}" if call.startswith("nn.Parameter") else f'self.register_buffer("{name}", {call})'
 
 
-def generator(seed: str) -> Callable[[], float]:
-    """Random numbers from 0 to 1."""
-    draw = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return lambda: float(torch.rand((), generator=draw))
-
-
 def randomise(module: nn.Module, seed: str) -> None:
     """Weights, biases and statistics at random, such that values stay as large as they are."""
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
@@ -245,7 +258,8 @@ def fill(tensor: Tensor, name: str, seed: str) -> None:
         return
     drawn = torch.rand(tensor.shape, generator=draw, dtype=torch.float64)
     if name in ("bias", "running_mean"):
-        drawn = drawn - 0.3
+        # Now and then a tiny one, by which nothing can be divided.
+        drawn = (drawn - 0.3) * torch.where(torch.rand(tensor.shape, generator=draw) < 0.08, 1e-6, 1.0)
     elif name == "running_var" or tensor.dim() < 2:
         drawn = (drawn + 0.5) * torch.where(drawn < 0.1, -1, 1) if name == "weight" else drawn + 0.5
     else:

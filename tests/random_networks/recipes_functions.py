@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from .builder import Draft, Option, Recipe, pick
-from .recipes_layers import ACTIVATIONS, pads, pool_options, resized
+from .recipes_layers import ACTIVATIONS, fit_for_shuffle, pads, pool_options, resized
 
 WRITES = ("cannot follow that",)  # in-place operations and views
 
@@ -236,6 +236,9 @@ def _conv(name: str) -> Recipe:
         drawn = draft.options(kind, options, 0.45)
         if "output_padding" in drawn:
             drawn["stride"] = "2"
+            draft.used.add(f"{kind}.stride")
+        if channels % 2 and "groups" in drawn:
+            drawn["groups"] = str(channels)
         groups = int(drawn.get("groups", 1))
         width = draft.rng.randint(1, 3) * groups
         sizes = [draft.rng.choice([1, 2, 3]) for _ in range(count)]
@@ -298,7 +301,7 @@ def _pad(draft: Draft) -> None:
     kind, x = "functional.pad", draft.value(4)
     drawn = draft.options(kind, {"mode": pick("'reflect'", "'replicate'", "'circular'")}, 0.5)
     if not drawn:
-        drawn = draft.options(kind, {"value": pick("0.5", "-1.0")}, 0.5)
+        drawn = draft.options(kind, {"value": pick("0.5", "-1.0")}, 0.7)
     sides = draft.rng.choice([4, 4, 2] if drawn else [4, 2, 6, 6])
     draft.used.add(f"{kind}.pad")
     draft.let(draft.call(kind, x, {"pad": pads(draft, sides, -1)}, drawn, ("pad", "mode", "value"), "input"))
@@ -308,9 +311,9 @@ def _interpolate(draft: Draft) -> None:
     kind, x = "functional.interpolate", draft.value(3, 4, 4)
     drawn = resized(draft, kind, len(draft.shape(x)))
     if drawn.get("mode") in ("'bilinear'", "'bicubic'"):
-        drawn |= draft.options(kind, {"antialias": pick("True")}, 0.4)
+        drawn |= draft.options(kind, {"antialias": pick("True")}, 0.6)
     if "scale_factor" in drawn:
-        drawn |= draft.options(kind, {"recompute_scale_factor": pick("True")}, 0.4)
+        drawn |= draft.options(kind, {"recompute_scale_factor": pick("True")}, 0.5)
     draft.let(draft.call(kind, x, {}, drawn, (), "input"))
 
 
@@ -353,7 +356,17 @@ def _linear(draft: Draft) -> None:
     draft.let(_of(kind, x, draft, {"weight": weight}, {"bias": bias}))
 
 
+def _shuffle(kind: str, argument: str) -> Recipe:
+    def make(draft: Draft) -> None:
+        x = fit_for_shuffle(draft, draft.value(4), "un" in kind)
+        draft.let(_of(kind, x, draft, {argument: "2"}, {}))
+
+    return Recipe(kind, make, (argument,))
+
+
 FUNCTIONAL: list[Recipe] = [
+    _shuffle("functional.pixel_shuffle", "upscale_factor"),
+    _shuffle("functional.pixel_unshuffle", "downscale_factor"),
     _simple(
         "functional.prelu",
         (2, 3, 4),
@@ -417,9 +430,6 @@ FUNCTIONAL: list[Recipe] = [
         ("size", "scale_factor", "mode", "align_corners", "antialias", "recompute_scale_factor"),
     ),
     _simple("functional.pixel_shuffle", (4,), lambda d, s: {"upscale_factor": "2"}, lambda s: {}, ("upscale_factor",)),
-    _simple(
-        "functional.pixel_unshuffle", (4,), lambda d, s: {"downscale_factor": "2"}, lambda s: {}, ("downscale_factor",)
-    ),
     _simple("functional.channel_shuffle", (4,), lambda d, s: {"groups": _groups_of(s, d)}, lambda s: {}, ("groups",)),
     Recipe("functional.scaled_dot_product_attention", _attention, ("key", "value", "scale", "is_causal", "attn_mask")),
 ]

@@ -93,7 +93,7 @@ def convolution(name: str) -> Recipe:
     def make(draft: Draft) -> None:
         x = draft.value(count + 2)
         channels, width = draft.shape(x)[1], draft.rng.randint(1, 8)
-        drawn = draft.options(kind, options, 0.45)
+        drawn = draft.options(kind, options, 0.5)
         if "groups" in drawn:
             groups = int(_divisor(draft, channels))
             width = channels if draft.rng.random() < 0.4 else groups * draft.rng.randint(1, 3)
@@ -108,6 +108,7 @@ def convolution(name: str) -> Recipe:
             drawn["padding"] = "1"
         if "output_padding" in drawn:
             drawn["stride"] = "2"
+            draft.used.add(f"{kind}.stride")
         given = {"in_channels": str(channels), "out_channels": str(width), "kernel_size": _sizes(count, 3, 1, 2)(draft)}
         draft.used.update(f"{kind}.{argument}" for argument in given)
         made = draft.layer(draft.call(kind, "", given, drawn))
@@ -221,6 +222,23 @@ def resized(draft: Draft, kind: str, dims: int) -> dict[str, str]:
     return arguments | draft.options(kind, {"scale_factor": pick("2", "1.5", "0.7", "2.0")}, 1.0)
 
 
+def fit_for_shuffle(draft: Draft, x: str, back: bool) -> str:
+    """An image of 4 channels, or of even sides, as pixels of a larger one or a smaller one."""
+    channels, height, width = draft.shape(x)[1:]
+    if back:
+        return x if height % 2 == width % 2 == 0 else draft.let(f"{x}[:, :, : {height // 2 * 2}, : {width // 2 * 2}]")
+    return x if channels % 4 == 0 else draft.let(f"{draft.layer(f'nn.Conv2d({channels}, 4, 1)')}({x})")
+
+
+def _shuffle(name: str, argument: str) -> Recipe:
+    def make(draft: Draft) -> None:
+        x = fit_for_shuffle(draft, draft.value(4), "Un" in name)
+        draft.used.add(f"nn.{name}.{argument}")
+        draft.let(f"{draft.layer(f'nn.{name}(2)')}({x})")
+
+    return Recipe(f"nn.{name}", make, (argument,))
+
+
 _DROPOUT = {"p": pick("0.2", "0.7"), **_INPLACE}
 _POOLS = [
     _layer("MaxPool1d", (3,), _kernel, pool_options(1, False)),
@@ -233,8 +251,8 @@ _POOLS = [
     _layer("ReplicationPad2d", (4,), _pads(), {}),
     _layer("ConstantPad2d", (4,), lambda d, s: {**_pads(-1)(d, s), "value": d.rng.choice(["0.5", "-1.0", "0"])}, {}),
     Recipe("nn.Upsample", _upsample, ("size", "scale_factor", "mode", "align_corners")),
-    _layer("PixelShuffle", (4,), lambda d, s: {"upscale_factor": "2"}, {}),
-    _layer("PixelUnshuffle", (4,), lambda d, s: {"downscale_factor": "2"}, {}),
+    _shuffle("PixelShuffle", "upscale_factor"),
+    _shuffle("PixelUnshuffle", "downscale_factor"),
     _layer("ChannelShuffle", (4,), lambda d, s: {"groups": _divisor(d, s[1])}, {}),
     _layer("Flatten", (3, 4), _none, {"start_dim": pick("2", "-2", "-1"), "end_dim": pick("2", "-2")}),
     _layer("Dropout", (2, 3, 4), _none, _DROPOUT),

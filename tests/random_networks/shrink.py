@@ -11,6 +11,8 @@ from .program import VARIABLE, Program
 
 def shrunk(program: Program, finding: Finding) -> Program:
     """Leave out steps and outputs, as long as the same is found."""
+    steps = tuple(replace(step, lines=(line,)) for step in program.steps for line in step.lines)
+    program = replace(program, steps=steps)
     while True:
         for candidate in _candidates(program):
             if _has(candidate, finding):
