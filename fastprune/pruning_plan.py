@@ -141,8 +141,8 @@ def _settle(made: Plan, model: nn.Module, stays: Mapping[str, Stays]) -> None:
         if len(reasons) > 3:
             reasons[3:] = [f"and {len(reasons) - 3} more"]
         raise ValueError(
-            f"there is nothing to prune that could be removed ({'; '.join(reasons)}): name layers one by one in include "
-            f"to prune them all the same, or pass removable_only=False"
+            f"there is nothing to prune that could be removed ({'; '.join(reasons)}): name layers one by one in "
+            f"include to prune them all the same, or pass removable_only=False"
         )
 
 
