@@ -14,15 +14,18 @@ import os
 import struct
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 __all__ = [
-    *("CheckpointError", "load", "plain", "previous_path", "read_sealed", "save", "write_atomically", "write_sealed"),
+    *("CheckpointError", "latest", "load", "plain", "previous_path", "read_sealed", "save", "write_atomically"),
+    "write_sealed",
 ]
 
 _KEY = "fastprune.checkpoint"
@@ -44,6 +47,12 @@ class CheckpointError(ValueError):
 def previous_path(path: Path) -> Path:
     """Return where the checkpoint before the one at `path` is kept: `<stem>.previous<suffix>`."""
     return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def latest(path: Path) -> Path:
+    """Return `path`, or `previous_path(path)` where only that is: a process was killed between two renames."""
+    previous = previous_path(path)
+    return previous if previous.exists() and not path.exists() else path
 
 
 def save(path: Path, state: Any) -> None:
@@ -131,23 +140,24 @@ def load(path: Path, device: torch.device | str = "cpu") -> Any:
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview], what: str, keep: Path | None = None) -> None:
     """Write the chunks to `path` so that it never holds a part of them.
 
-    They go to `<name>.tmp` beside it, are synced, and that file takes the place of `path`. With `keep`, the
-    file that was at `path` is moved there first.
+    They go to a file of their own beside it, `<name>.<something>.tmp`, are synced, and that file takes the place of
+    `path`. With `keep`, the file that was at `path` is moved there first.
 
     Raises:
         OSError: of the same errno, saying `what` was being written; `path` is as before, no `.tmp` is left.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{uuid4().hex[:12]}.tmp")  # no two processes write the same
     moved = False
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
         if keep is not None and path.exists():
-            os.replace(path, keep)
-            moved = True
+            with suppress(FileNotFoundError):  # another process was faster
+                os.replace(path, keep)
+                moved = True
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:  # an interrupt, too, leaves the old file in its place and nothing beside it

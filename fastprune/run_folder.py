@@ -33,7 +33,7 @@ def load_network(run: Path) -> tuple[Config, nn.Module]:
     """
     try:
         config = read_config(run)
-        stored = checkpoint.load(run / CHECKPOINT)
+        stored = checkpoint.load(checkpoint.latest(run / CHECKPOINT))
         state = stored["model"]
         if stored.get("compacted") is not None:
             return config, compaction.restored(config, stored["compacted"], state, several=False).model.eval()

@@ -31,6 +31,7 @@ from .metapruning.stage import SearchError, checkpoint_of, load_pruning_net, sto
 from .metapruning.state import Search, StateError
 from .metapruning.summary import budget_line, format_summary, generation_line, search_summary
 from .metapruning.training import PruningTrainer, with_precision
+from .run_lock import held
 from .runlog import write_json
 from .train import Interrupted
 from .trainer import TrainingError
@@ -70,6 +71,11 @@ def run(config: SearchConfig) -> dict[str, Any]:
         TrainingError, StateError, DataError, CheckpointError, OSError: for what cannot be used or go on.
         Interrupted: after a signal, with everything saved.
     """
+    with held(config.out):
+        return _run(config)
+
+
+def _run(config: SearchConfig) -> dict[str, Any]:
     if config.resume is None and (config.out / "config.json").exists():
         raise SearchError(
             f"{config.out} holds a search: continue it with --resume {config.out}, or choose another --out"

@@ -20,6 +20,7 @@ from .data import ImageData
 from .decisions import Decision
 from .outcome import format_small, small_figures
 from .recipes import Config, parse, read_config
+from .run_lock import held
 from .runlog import Progress, RunLog, duration, write_json
 from .trainer import Trainer, TrainingError
 
@@ -82,7 +83,7 @@ def run(config: Config) -> dict[str, Any]:
         Interrupted: after a signal, with the checkpoint written.
         DataError, CheckpointError, OSError: for files that cannot be used.
     """
-    with distributed.first_prints():
+    with distributed.first_prints(), held(config.out):
         whole = load_data(config)
         try:
             trainer, decided = prepare(config, whole)
@@ -114,7 +115,7 @@ def load_data(config: Config) -> ImageData:
     """The images that a run is to use, all or some, in each process; one on each machine downloads them."""
     with distributed.together():
         continued = config.resume is not None and config.resume.resolve() == config.out.resolve()
-        if not continued and (config.out / CHECKPOINT).exists():
+        if not continued and checkpoint.latest(config.out / CHECKPOINT).exists():
             raise TrainingError(
                 f"{config.out} holds a run: continue it with --resume {config.out}, or choose another --out"
             )
@@ -222,7 +223,7 @@ def describe(trainer: Trainer) -> dict[str, Any]:
 
 def resume(trainer: Trainer, run: Path) -> list[dict[str, Any]]:
     """Put ``trainer`` where the run in folder ``run`` stopped, and return the records of its finished epochs."""
-    trainer.load_state_dict(checkpoint.load(run / CHECKPOINT, str(trainer.device)))
+    trainer.load_state_dict(checkpoint.load(checkpoint.latest(run / CHECKPOINT), str(trainer.device)))
     print(f"resumed from {run} after {trainer.step} steps")
     if trainer.epoch == 0:
         return []

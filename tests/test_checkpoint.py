@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastprune import checkpoint
-from fastprune.checkpoint import CheckpointError, load, previous_path, save
+from fastprune.checkpoint import CheckpointError, latest, load, previous_path, save
 
 INTEGERS = (
     torch.bool,
@@ -254,6 +254,35 @@ def test_a_complete_checkpoint_exists_at_every_step_of_a_save(tmp_path: Path, mo
     save(path, 2)
     assert calls == ["fsync", "replace", "replace", "fsync"]  # contents before names; the folder last
     assert (load(path), load(previous_path(path))) == (2, 1)
+
+
+def test_two_that_write_one_file_leave_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.safetensors"
+    save(path, {"step": 0})
+    replace, nested = os.replace, []
+
+    def while_another_writes(*names: Any) -> None:
+        if not nested:  # before the first rename of the one, the other does all
+            nested.append(True)
+            save(path, {"step": 2})
+            path.unlink()
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", while_another_writes)
+    save(path, {"step": 1})
+    assert load(path) == {"step": 1}
+    assert load(previous_path(path)) == {"step": 0}
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_latest_is_the_one_before_where_only_that_is(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    assert latest(path) == path
+    save(path, 1)
+    save(path, 2)
+    assert load(latest(path)) == 2
+    path.unlink()
+    assert load(latest(path)) == 1
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from fastprune import (
 )
 from fastprune.data import DataUnavailableError, ImageData
 from fastprune.optim import PrunedSGD
+from fastprune.run_lock import held
 from fastprune.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorms
 from fastprune.train import CHECKPOINT, MODEL, main
 from fastprune.trainer import Trainer, TrainingError
@@ -546,6 +547,14 @@ def test_one_saves_and_tells(pair: Processes, tmp_path: Path) -> None:
     for ours, theirs in zip(report.read_metrics(tmp_path / "two"), report.read_metrics(tmp_path / "one"), strict=True):
         assert ours["kept_per_layer"] == theirs["kept_per_layer"]
         assert ours["train"]["top1"] == theirs["train"]["top1"]
+
+
+def test_a_folder_in_use_is_refused_once(pair: Processes, tmp_path: Path) -> None:
+    with held(tmp_path):
+        first, second = pair.run(run_of, command(tmp_path))
+    assert (first["status"], second["status"]) == (1, 1)
+    assert f"fastprune.train: error: {tmp_path} is in use by process {os.getpid()} on " in first["err"]
+    assert second["err"] == ""
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -590,6 +590,20 @@ def test_a_truncated_checkpoint_is_said_and_the_one_before_it_named(
     assert [record["epoch"] for record in metrics(tmp_path)] == [1, 2]
 
 
+def test_a_run_killed_between_two_renames_is_not_written_over_and_goes_on(
+    small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.run(config(out=tmp_path, epochs=2))
+    expected = state(tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    assert main(command(tmp_path)) == 1
+    assert f"{tmp_path} holds a run: continue it with --resume {tmp_path}" in capsys.readouterr().err
+    assert load_network(tmp_path)[0].out == tmp_path
+    assert main(["--resume", str(tmp_path)]) == 0
+    assert "after 4 steps" in capsys.readouterr().out
+    assert_same(expected, state(tmp_path))
+
+
 def test_damaged_metrics_of_a_run_to_resume_are_said(
     small_data: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -178,7 +178,8 @@ def _scale_transparent_colour(image: Image.Image) -> None:
 
     Of 16 bits both lose the lower ones, so that all colours with the same upper ones are transparent.
     """
-    raw_mode, colour = (image.tile or [(None,) * 4])[0][3], image.info.get("transparency")
+    tiles = getattr(image, "tile", None)  # how it lies in the file
+    raw_mode, colour = tiles[0][3] if tiles else None, image.info.get("transparency")
     if raw_mode in ("L;2", "L;4") and isinstance(colour, int):
         image.info["transparency"] = colour * (255 // (2 ** int(raw_mode[-1]) - 1))
     elif raw_mode == "RGB;16B" and isinstance(colour, tuple):

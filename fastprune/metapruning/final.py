@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import train
+from .. import checkpoint, train
 from ..recipes import Config
 from .encoding import as_text
 from .settings import SearchConfig
@@ -21,7 +21,7 @@ def final_config(config: SearchConfig, encoding: Sequence[int], out: Path) -> Co
     """
     return Config(
         out=out,
-        resume=out if (out / train.CHECKPOINT).exists() else None,
+        resume=out if checkpoint.latest(out / train.CHECKPOINT).exists() else None,
         model=f"{config.network.removesuffix('_cifar')}@{as_text(encoding)}",
         stem="imagenet" if config.network in ("resnet50", "mobilenet_v1", "mobilenet_v2") else "cifar",
         data=config.data,

@@ -34,8 +34,8 @@ def train_pruning_net(trainer: PruningTrainer, signals: list[int]) -> None:
     """
     config, path = trainer.config, checkpoint_of(trainer.config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        trainer.load_state_dict(checkpoint.load(path, str(trainer.device)))
+    if checkpoint.latest(path).exists():
+        trainer.load_state_dict(checkpoint.load(checkpoint.latest(path), str(trainer.device)))
         print(f"PruningNet: going on after {trainer.step} of {trainer.total} steps")
     limit = min(config.max_steps or trainer.total, trainer.total)
     progress = Progress(config.epochs, trainer.steps_per_epoch, trainer.step, limit)
@@ -72,9 +72,10 @@ def load_pruning_net(trainer: PruningTrainer) -> None:
     run = trainer.config.pruning_net or trainer.config.out
     if trainer.step == trainer.total:
         return
-    if not checkpoint_of(run).exists():
+    path = checkpoint.latest(checkpoint_of(run))
+    if not path.exists():
         raise SearchError(f"{run} has no PruningNet yet: train it with --stage train (or all)")
-    trainer.load_state_dict(checkpoint.load(checkpoint_of(run), str(trainer.device)))
+    trainer.load_state_dict(checkpoint.load(path, str(trainer.device)))
     if trainer.step < trainer.total:
         raise SearchError(
             f"the PruningNet of {run} has done {trainer.step} of {trainer.total} steps: "
