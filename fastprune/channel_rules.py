@@ -17,7 +17,6 @@ from .channel_state import Analysis, Channels, Read, Sum, Values
 from .graph import shape
 from .nn import MaskedConv2d
 from .onednn import is_protection
-from .sync_batchnorm import SyncBatchNorm2d
 from .torchvision_layers import is_frozen_batch_norm, is_stochastic_depth
 
 __all__ = ["FOLLOWED", "is_convolution", "is_depthwise", "is_followed", "is_norm", "is_resized", "result_of"]
@@ -26,7 +25,7 @@ __all__ = ["FOLLOWED", "is_convolution", "is_depthwise", "is_followed", "is_norm
 MULTIPLICATIONS_PER_CHANNEL = 32
 
 _CONVOLUTIONS = (nn.Conv2d, MaskedConv2d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 _ELEMENTWISE_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.Mish, nn.Softplus, nn.Softsign),
     *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
@@ -105,8 +104,8 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Whether it is a BatchNorm with running statistics, which is a factor and a term per channel in eval mode."""
-    own = type(module) in _NORMS or is_frozen_batch_norm(module)
-    return own and module.running_mean is not None and module.running_var is not None
+    own = type(module) in _NORMS or getattr(module, "is_batch_norm_in_eval_mode", False) or is_frozen_batch_norm(module)
+    return bool(own) and module.running_mean is not None and module.running_var is not None
 
 
 def is_followed(module: nn.Module) -> bool:

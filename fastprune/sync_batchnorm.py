@@ -17,6 +17,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     Made by :func:`synchronise_batchnorms`.
     """
 
+    is_batch_norm_in_eval_mode = True  # for channel_rules, which does not wait for this module to load
+
     def forward(self, input: Tensor) -> Tensor:
         """``[B, C, H, W]`` to the same, ``B ≥ 1`` and not the same in every process."""
         if not self.training or distributed.size() == 1:
