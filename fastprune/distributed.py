@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
     from .pruner import Pruner
 
 __all__ = [
-    *("LaunchError", "MismatchError", "PeerError", "agreed", "average_", "first_on_each_machine", "first_prints"),
-    *("from_first", "is_first", "joined", "largest", "local_rank", "rank", "size", "together", "total", "verify_masks"),
-    "verify_same",
+    *("LaunchError", "LostError", "MismatchError", "PeerError", "agreed", "average_", "first_on_each_machine"),
+    *("first_prints", "from_first", "is_first", "joined", "largest", "local_rank", "rank", "size", "together", "total"),
+    *("verify_masks", "verify_same"),
 ]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -34,6 +37,10 @@ class LaunchError(RuntimeError):
 
 class MismatchError(RuntimeError):
     """What must be the same in all processes is not; every one of them raises this."""
+
+
+class LostError(RuntimeError):
+    """Another process has ended without a word; the message says which, as far as it is known."""
 
 
 class PeerError(RuntimeError):
@@ -94,9 +101,44 @@ def joined(device: str = "auto") -> Iterator[None]:
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
     try:
-        yield
+        with _losses_told():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _losses_told() -> Iterator[None]:
+    """What the exchanges say when a process is gone, as an error that says which.
+
+    Raises:
+        LostError: instead of it.
+    """
+    ours = (socket.gethostname(), os.getpid())
+    peers: list[Any] = [None] * size()
+    dist.all_gather_object(peers, ours)
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
+            raise
+        gone = [str(i) for i, (host, pid) in enumerate(peers) if host == ours[0] and _is_gone(pid)]
+        which = f"process {', '.join(gone)} is" if gone else "a process, on another machine or ending now, is"
+        raise LostError(f"{which} gone (of {size()}): it was killed, or its machine failed") from error
+
+
+_BROKEN = re.compile(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", re.IGNORECASE)
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process of this machine has ended, even if nobody has asked for its status yet."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's, or a system that does not tell
+        return False
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .cost import cost
 from .formats import MissingPackageError, onnx_bytes, onnx_session, pt2_bytes, require, without_masks
 from .inputs import one_batch
 from .latency import latency
+from .memory import is_out_of_memory, shortage
 from .network_file import NetworkFileError
 from .run_folder import RunError
 from .train import CHECKPOINT
@@ -81,6 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         export(options)
     except (RunError, NetworkFileError, MissingPackageError, CheckFailedError, ValueError, OSError) as error:
         print(f"fastprune.export: error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"fastprune.export: error: {shortage(error)}", file=sys.stderr)
         return 1
     return 0
 

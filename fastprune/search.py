@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from . import checkpoint, data, decisions, train
 from .data import ImageData
+from .memory import is_out_of_memory, shortage
 from .metapruning import Encoding, describe
 from .metapruning.encoding import as_text
 from .metapruning.evaluation import Evaluator, evaluator
@@ -56,6 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     except (data.DataError, checkpoint.CheckpointError, ImportError, OSError) as error:
         print(f"fastprune.search: error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = f"A smaller --batch-size takes less; what was saved is whole: continue with --resume {config.out}"
+        print(f"fastprune.search: error: {shortage(error)}. {advice}", file=sys.stderr)
         return 1
     return 0
 

@@ -18,6 +18,7 @@ from . import budget, checkpoint, data, decisions, distributed, network, network
 from .checkpoint import write_atomically
 from .data import ImageData
 from .decisions import Decision
+from .memory import is_out_of_memory, shortage
 from .outcome import format_small, small_figures
 from .recipes import Config, parse, read_config
 from .run_lock import held
@@ -46,6 +47,22 @@ def main(arguments: list[str] | None = None) -> int:
     except distributed.LaunchError as error:
         print(f"fastprune.train: error: {error}", file=sys.stderr)
         return 1
+    except distributed.LostError as error:
+        print(f"fastprune.train: error: {error}. {_how_to_go_on(config)}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "A smaller --batch-size, or --accumulate, takes less"
+        print(f"fastprune.train: error: {shortage(error)}. {advice}. {_how_to_go_on(config)}", file=sys.stderr)
+        return 1
+
+
+def _how_to_go_on(config: Config) -> str:
+    """What is left of a run that ended in the middle of a step."""
+    if not checkpoint.latest(config.out / CHECKPOINT).exists():
+        return "No checkpoint was written yet"
+    return f"The last checkpoint is whole: continue with --resume {config.out}"
 
 
 def _run_and_tell(config: Config) -> int:

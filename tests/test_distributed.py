@@ -632,6 +632,29 @@ def test_torchrun_stops_by_a_signal_to_one_process_and_another_goes_on(
     assert first_epochs[0] == pytest.approx(first_epochs[1], rel=1e-2)
 
 
+@pytest.mark.parametrize("killed", [0, 1])
+def test_those_that_lose_a_process_say_which_and_how_to_go_on(tmp_path: Path, killed: int) -> None:
+    flags = {"image_size": 8, "limit_train": 48, "limit_test": 20, "epochs": 400}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    line = [*torchrun, "-m", "fastprune.train", *command(tmp_path, **flags)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as agent:
+        try:
+            assert agent.stdout is not None
+            list(iter_until(agent.stdout, "epoch 2/400"))
+            os.kill(workers(agent.pid)[killed], signal.SIGKILL)
+            _, errors = agent.communicate(timeout=60)
+        finally:
+            agent.kill()
+    assert (
+        f"fastprune.train: error: process {killed} is gone (of 2): it was killed, or its machine failed. "
+        f"The last checkpoint is whole: continue with --resume {tmp_path}\n"
+    ) in errors
+    assert "train.py" not in errors
+    steps = state(tmp_path)["step"]
+    assert main(["--resume", str(tmp_path), "--max-steps", str(steps + 1)]) == 0
+
+
 def iter_until(stream: IO[str], beginning: str) -> Iterator[str]:
     for line in stream:
         yield line

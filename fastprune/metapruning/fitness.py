@@ -11,10 +11,9 @@ from torch.nn import functional
 
 from .. import data
 from ..data import ImageData
+from ..memory import is_out_of_memory
 from .encoding import Encoding
 from .pruning_net import PruningNet
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @dataclass(frozen=True)
@@ -106,7 +105,7 @@ class Fitness:
             try:
                 return self._evaluate(encoding)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error) or self.batch_size == 1:
+                if not is_out_of_memory(error) or self.batch_size == 1:
                     raise
             # Outside of the handler, which holds on to the tensors of what failed.
             self.batch_size //= 2
@@ -136,9 +135,3 @@ class Fitness:
 
     def _normalized(self, images: Tensor) -> Tensor:
         return data.normalize(images, self.mean, self.std, memory_format=self.memory_format)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(part in str(error).lower() for part in _OUT_OF_MEMORY)
