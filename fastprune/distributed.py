@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
@@ -122,8 +123,13 @@ def _losses_told() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and not _BROKEN.search(str(error)):
             raise
-        gone = [str(i) for i, (host, pid) in enumerate(peers) if host == ours[0] and _is_gone(pid)]
-        which = f"process {', '.join(gone)} is" if gone else "a process, on another machine or ending now, is"
+        here = {str(i): pid for i, (host, pid) in enumerate(peers) if (host, pid) != ours and host == ours[0]}
+        gone: list[str] = []
+        for _ in range(50):  # its connections close before the process is gone
+            if gone := [i for i, pid in here.items() if _is_gone(pid)]:
+                break
+            time.sleep(0.1)
+        which = f"process {', '.join(gone)} is" if gone else "a process of another machine is"
         raise LostError(f"{which} gone (of {size()}): it was killed, or its machine failed") from error
 
 

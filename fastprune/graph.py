@@ -33,6 +33,8 @@ _LAYERS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     functional.layer_norm: (nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")),
 }
 
+_TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+
 # A builtin, which has no signature of its own.
 _LINEAR = inspect.signature(lambda input, weight, bias=None: None)
 
@@ -163,6 +165,12 @@ class _Rewriter:
 
     def __init__(self, model: nn.Module, settled: Settled) -> None:
         self.modules = dict(model.named_modules())
+        hidden = {*model._modules, *model._parameters, *model._buffers} & _TAKEN
+        if hidden:
+            raise ValueError(
+                f"{type(model).__name__} has parts named {', '.join(sorted(hidden))}, names that torch.fx's "
+                f"GraphModule has for itself: call them otherwise"
+            )
         tracer = Tracer(settled)
         try:
             graph = tracer.trace(model)

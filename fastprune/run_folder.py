@@ -11,6 +11,7 @@ from torch import nn
 
 from . import checkpoint, compaction, network
 from .checkpoint import CheckpointError
+from .memory import is_out_of_memory
 from .recipes import Config, read_config
 from .train import CHECKPOINT
 
@@ -43,6 +44,8 @@ def load_network(run: Path) -> tuple[Config, nn.Module]:
     except (CheckpointError, ValueError) as error:
         raise RunError(str(error)) from error
     except (RuntimeError, KeyError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise RunError(f"{run / CHECKPOINT} does not fit to {run / 'config.json'}: {error}") from error
     return config, model.eval()
 

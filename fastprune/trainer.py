@@ -16,6 +16,7 @@ from . import compaction, data, distributed, network, precision
 from .compact import compact
 from .data import ImageData
 from .decisions import Decision
+from .memory import is_out_of_memory
 from .network import Network
 from .recipes import Config
 from .schedule import learning_rate
@@ -309,6 +310,8 @@ class Trainer:
             self.penalty.copy_(state["penalty"])
             self.step, self.seconds = state["step"], state["seconds"]
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
             message = f"the checkpoint is of another configuration or data set: {error}"
             raise TrainingError(message) from error
 

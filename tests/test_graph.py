@@ -165,3 +165,11 @@ def test_what_hooks_set_is_left_as_it_is() -> None:
 def test_wrappers_say_what_to_pass(wrap: Callable[[nn.Module], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trace(wrap(nn.Sequential(nn.Conv2d(3, 2, 1))))
+
+
+def test_names_that_graphs_have_for_themselves_are_told() -> None:
+    model = nn.Module()
+    model.graph = nn.Conv2d(3, 2, 1)
+    model.forward = lambda x: model.graph(x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="Module has parts named graph, names that torch.fx's GraphModule has for itself"):
+        trace(model)
