@@ -1,4 +1,4 @@
-"""Draws programs: each line is executed as soon as it is drawn, so that its shapes are known and what fails is not kept."""
+"""Draws programs: each line is executed as soon as it is drawn, so that shapes are known and what fails is not kept."""
 
 from __future__ import annotations
 
@@ -172,9 +172,13 @@ class Draft:
         self.tensors[name] = calls.get(kind, f"torch.empty({sizes})")
         return f"self.{name}"
 
-    def options(self, kind: str, options: Mapping[str, Option], share: float = 0.6) -> dict[str, str]:
+    def options(self, kind: str, options: Mapping[str, Option], share: float = 0.68) -> dict[str, str]:
         """Draw some arguments; those drawn count as covered."""
-        drawn = {name: option(self) for name, option in options.items() if self.rng.random() < share}
+        drawn = {
+            name: option(self)
+            for name, option in options.items()
+            if self.rng.random() < (0.62 if name == "inplace" else share)
+        }
         self.used.update(f"{kind}.{name}" for name in drawn)
         return drawn
 
@@ -260,9 +264,9 @@ class Draft:
                     self.inputs = inputs
                     self._replay()
                 continue
-            self.steps.append(
-                Step(recipe.kind, tuple(self.lines), frozenset(self.used), recipe.refusable, recipe.lossy)
-            )
+            divides = recipe.kind.endswith((".div", ".div_")) and f"{recipe.kind}.rounding_mode" not in self.used
+            lossy = recipe.lossy and not divides
+            self.steps.append(Step(recipe.kind, tuple(self.lines), frozenset(self.used), recipe.refusable, lossy))
             return True
         return False
 
@@ -282,6 +286,14 @@ class Draft:
             shape = each.shape
             drawn = None if shape is None else torch.randn(shape, generator=draw, dtype=torch.float64)
             self.space[each.name] = eval(each.default) if shape is None else drawn
+
+    def written(self) -> str:
+        """The tensor that the last step has written to, if it is one that writes."""
+        last = self.steps[-1]
+        if not last.refusable and not any(key.endswith(".inplace") for key in last.used):
+            return ""
+        names = VARIABLE.findall(last.lines[-1].rpartition(" = ")[2])
+        return names[0] if names and names[0] in self.values else ""
 
     def unread(self) -> list[str]:
         """Tensors that nothing reads."""

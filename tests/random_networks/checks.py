@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,10 +102,8 @@ class _Checks:
         return self.result
 
     def _stage(self, function: Callable[..., None], *args: Any) -> None:
-        try:
+        with suppress(_Refused):
             function(*args)
-        except _Refused:
-            pass
 
     def _traced(self, model: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor]) -> None:
         example = inputs if len(self.program.inputs) > 1 or self.rng.random() < 0.3 else None

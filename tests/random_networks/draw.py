@@ -19,7 +19,7 @@ KNOWN = frozenset(
 )
 RECIPES: dict[str, Recipe] = {r.kind: r for r in (*LAYERS, *computing(KNOWN), *moving(KNOWN), *FORMS)}
 _ONLY_FIRST = ("form.second_input", "form.optional_input", "form.number_input")
-_TURNS = 7  # kinds whose turn it is in one network
+_TURNS = 8  # kinds whose turn it is in one network
 
 
 def missing() -> list[str]:
@@ -27,9 +27,14 @@ def missing() -> list[str]:
     return sorted(KNOWN - RECIPES.keys() - {"nn.MaskedConv2d"})
 
 
+def _times(recipe: Recipe) -> int:
+    more = len(recipe.options) > 2 or recipe.weight > 1 or recipe.kind in _ONLY_FIRST
+    return 1 + more + (recipe.weight >= 4)
+
+
 def _order() -> list[str]:
-    """Whose turn it is: those with many arguments, or that often do not fit, come twice."""
-    ordered = sorted([*RECIPES, *(r.kind for r in RECIPES.values() if len(r.options) > 2 or r.kind in _ONLY_FIRST)])
+    """Whose turn it is: those that matter, have many arguments or often do not fit come more than once."""
+    ordered = sorted(recipe.kind for recipe in RECIPES.values() for _ in range(_times(recipe)))
     random.Random(0).shuffle(ordered)
     return ordered
 
@@ -49,14 +54,25 @@ def draw(seed: int) -> Program:
     rng.shuffle(turn)
     draft.attempt(RECIPES["form.conv_norm_act" if rng.random() < 0.6 else "nn.Conv2d"])
     for kind in turn:
-        if kind in _ONLY_FIRST:
-            continue
-        draft.attempt(RECIPES[kind], 12)
-        if rng.random() < 0.5:  # something that reads constants, and writes others
-            draft.attempt(RECIPES[rng.choice(["nn.Conv2d", "form.conv_norm_act"])])
-        elif rng.random() < 0.4:
-            draft.attempt(RECIPES[rng.choices(_ORDER, _WEIGHTS)[0]])
+        if kind not in _ONLY_FIRST:
+            _take_turn(draft, RECIPES[kind])
     return draft.program(_finish(draft))
+
+
+def _take_turn(draft: Draft, recipe: Recipe) -> None:
+    """A step, mostly between one that writes constants and one that reads them."""
+    rng, convolutions = draft.rng, ("nn.Conv2d", "form.conv_norm_act", "form.conv_norm_act")
+    if rng.random() < 0.3:
+        draft.attempt(RECIPES[rng.choice(convolutions)])
+    if not draft.attempt(recipe, 12):
+        return
+    written = draft.written()
+    if written and rng.random() < 0.6:  # what was written to is read again
+        draft.attempt(Recipe("form.output", lambda draft: _read(draft, written)))
+    elif rng.random() < 0.4:
+        draft.attempt(RECIPES[rng.choice(convolutions)])
+    elif rng.random() < 0.3:
+        draft.attempt(RECIPES[rng.choices(_ORDER, _WEIGHTS)[0]])
 
 
 def _finish(draft: Draft) -> list[str]:

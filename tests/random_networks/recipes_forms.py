@@ -1,4 +1,4 @@
-"""Recipes of ways of writing: what fastprune's tracer rewrites, what writes to its input, and what networks are made of."""
+"""Recipes of ways of writing: what the tracer rewrites, what writes to its input, and what networks are made of."""
 
 from __future__ import annotations
 
@@ -67,7 +67,8 @@ def _conv_norm_act(draft: Draft) -> None:
     """The three that most networks are made of, in one Sequential or apart."""
     x = draft.value(4)
     channels, width = draft.shape(x)[1], draft.rng.randint(3, 8)
-    calls = [_conv(draft, channels, width), f"nn.BatchNorm2d({width})", draft.rng.choice(_ACTS)]
+    eps = draft.rng.choice(["", "", ", eps=0.05"])
+    calls = [_conv(draft, channels, width), f"nn.BatchNorm2d({width}{eps})", draft.rng.choice(_ACTS)]
     if draft.rng.random() < 0.5:
         draft.let(f"{draft.layer(f'nn.Sequential({chr(44).join(calls)})')}({x})")
         return
@@ -257,16 +258,14 @@ def _alias(draft: Draft) -> None:
 
 def _head(draft: Draft) -> None:
     x = draft.value(4)
-    channels = draft.shape(x)[1]
-    x = draft.let(
-        f"{draft.rng.choice(['functional.adaptive_avg_pool2d({x}, (1, 1))', '{x}.mean((2, 3), keepdim=True)']).format(x=x)}"
-    )
-    x = draft.let(
-        draft.rng.choice(
-            ["torch.flatten({x}, 1)", "{x}.view({x}.size(0), -1)", "{x}.flatten(1)", "{x}.squeeze(-1).squeeze(-1)"]
-        ).format(x=x)
-    )
-    x = draft.let(f"{draft.layer(f'nn.Linear({channels}, 6)')}({x})")
+    pools = {"functional.adaptive_avg_pool2d({x}, (1, 1))": 1, "{x}.mean((2, 3), keepdim=True)": 1}
+    pools |= {"functional.adaptive_max_pool2d({x}, 2)": 4, "functional.adaptive_avg_pool2d({x}, (1, 3))": 3}
+    pool, size = draft.rng.choice(list(pools.items()))
+    features = draft.shape(x)[1] * size
+    x = draft.let(pool.format(x=x))
+    flat = ["torch.flatten({x}, 1)", "{x}.view({x}.size(0), -1)", "{x}.flatten(1)"]
+    x = draft.let(draft.rng.choice([*flat, "{x}.squeeze(-1).squeeze(-1)"] if size == 1 else flat).format(x=x))
+    x = draft.let(f"{draft.layer(f'nn.Linear({features}, 6)')}({x})")
     draft.let(f"functional.relu({x})")
 
 

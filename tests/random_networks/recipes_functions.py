@@ -9,13 +9,13 @@ from .recipes_layers import ACTIVATIONS, fit_for_shuffle, pads, pool_options, re
 
 WRITES = ("cannot follow that",)  # in-place operations and views
 
-_NOT_IN_PLACE = ("alpha", "rounding_mode", "dtype")  # where a function takes others, or none
+_NOT_IN_PLACE = ("alpha", "rounding_mode", "dtype", "approximate")  # where a function takes others, or none
 _ALPHA = ("elu", "celu", "elu_", "celu_", "local_response_norm")
 _BY_NAME = {"batch_norm": ("eps",), "instance_norm": ("weight", "bias", "eps")}
 
 
 def _of(
-    kind: str, x: str, draft: Draft, required: Mapping[str, str], options: Mapping[str, Option], share: float = 0.6
+    kind: str, x: str, draft: Draft, required: Mapping[str, str], options: Mapping[str, Option], share: float = 0.68
 ) -> str:
     """A call of a function or method."""
     space, _, name = kind.partition(".")
@@ -361,7 +361,7 @@ def _shuffle(kind: str, argument: str) -> Recipe:
         x = fit_for_shuffle(draft, draft.value(4), "un" in kind)
         draft.let(_of(kind, x, draft, {argument: "2"}, {}))
 
-    return Recipe(kind, make, (argument,))
+    return Recipe(kind, make, (argument,), 2.0)
 
 
 FUNCTIONAL: list[Recipe] = [
@@ -428,6 +428,7 @@ FUNCTIONAL: list[Recipe] = [
         "functional.interpolate",
         _interpolate,
         ("size", "scale_factor", "mode", "align_corners", "antialias", "recompute_scale_factor"),
+        4.0,
     ),
     _simple("functional.pixel_shuffle", (4,), lambda d, s: {"upscale_factor": "2"}, lambda s: {}, ("upscale_factor",)),
     _simple("functional.channel_shuffle", (4,), lambda d, s: {"groups": _groups_of(s, d)}, lambda s: {}, ("groups",)),

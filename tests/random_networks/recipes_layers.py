@@ -11,7 +11,7 @@ from .builder import Draft, Option, Recipe, pick
 _INPLACE = {"inplace": pick("True")}
 ACTIVATIONS: dict[str, Mapping[str, Option]] = {
     **dict.fromkeys(("ReLU", "ReLU6", "SiLU", "Mish", "SELU", "Hardswish", "Hardsigmoid"), _INPLACE),
-    **dict.fromkeys(("Sigmoid", "Tanh", "Softsign", "LogSigmoid"), {}),
+    **{name: {} for name in ("Sigmoid", "Tanh", "Softsign", "LogSigmoid")},
     "GELU": {"approximate": pick("'tanh'")},
     "LeakyReLU": {"negative_slope": pick("0.3", "-0.2", "1.5"), **_INPLACE},
     "ELU": {"alpha": pick("0.5", "2.0"), **_INPLACE},
@@ -213,7 +213,7 @@ def _upsample(draft: Draft) -> None:
 def resized(draft: Draft, kind: str, dims: int) -> dict[str, str]:
     """Arguments of an interpolation."""
     modes = {3: ["linear"], 4: ["bilinear", "bicubic"]}[dims]
-    mode = draft.rng.choice(["nearest", "nearest-exact", *modes])
+    mode = draft.rng.choice(["nearest", "nearest-exact", *modes, *modes])
     arguments = draft.options(kind, {"mode": pick(f"'{mode}'")}, 0.7)
     if mode in modes and arguments:
         arguments |= draft.options(kind, {"align_corners": pick("True", "False")})
@@ -227,6 +227,8 @@ def fit_for_shuffle(draft: Draft, x: str, back: bool) -> str:
     channels, height, width = draft.shape(x)[1:]
     if back:
         return x if height % 2 == width % 2 == 0 else draft.let(f"{x}[:, :, : {height // 2 * 2}, : {width // 2 * 2}]")
+    if max(height, width) > 8:
+        x = draft.let(f"{x}[:, :, :8, :8]")
     return x if channels % 4 == 0 else draft.let(f"{draft.layer(f'nn.Conv2d({channels}, 4, 1)')}({x})")
 
 
@@ -236,7 +238,7 @@ def _shuffle(name: str, argument: str) -> Recipe:
         draft.used.add(f"nn.{name}.{argument}")
         draft.let(f"{draft.layer(f'nn.{name}(2)')}({x})")
 
-    return Recipe(f"nn.{name}", make, (argument,))
+    return Recipe(f"nn.{name}", make, (argument,), 2.0)
 
 
 _DROPOUT = {"p": pick("0.2", "0.7"), **_INPLACE}
@@ -254,7 +256,7 @@ _POOLS = [
     _shuffle("PixelShuffle", "upscale_factor"),
     _shuffle("PixelUnshuffle", "downscale_factor"),
     _layer("ChannelShuffle", (4,), lambda d, s: {"groups": _divisor(d, s[1])}, {}),
-    _layer("Flatten", (3, 4), _none, {"start_dim": pick("2", "-2", "-1"), "end_dim": pick("2", "-2")}),
+    _layer("Flatten", (3, 4), _none, {"start_dim": pick("2", "-2", "-1"), "end_dim": pick("2", "-2")}, 2.0),
     _layer("Dropout", (2, 3, 4), _none, _DROPOUT),
     _layer("Dropout1d", (3,), _none, _DROPOUT),
     _layer("Dropout2d", (4,), _none, _DROPOUT),

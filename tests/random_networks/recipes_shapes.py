@@ -98,7 +98,7 @@ def _one_tensor(kind: str) -> Recipe:
     def make(draft: Draft) -> None:
         x = draft.value(*dims)
         given = arguments(draft, draft.shape(x))
-        drawn = draft.options(kind, options)
+        drawn = draft.options(kind, options, 0.7)
         draft.used.update(f"{kind}.{argument}" for argument in given)
         places = () if "correction" in drawn else (*order, *(n for n in options if n == "keepdim"))
         if space == "torch":
