@@ -168,8 +168,8 @@ class _Rewriter:
         hidden = {*model._modules, *model._parameters, *model._buffers} & _TAKEN
         if hidden:
             raise ValueError(
-                f"{type(model).__name__} has parts named {', '.join(sorted(hidden))}, which is a name of torch.fx's own "
-                f"graph modules: call them otherwise"
+                f"{type(model).__name__} has parts named {', '.join(sorted(hidden))}, which torch.fx's graph modules "
+                f"have for themselves: call them otherwise"
             )
         tracer = Tracer(settled)
         try:
