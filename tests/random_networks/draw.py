@@ -9,6 +9,7 @@ from fastprune.layer_kinds import FUNCTIONS, METHODS, MODULES
 from .builder import Draft, Recipe
 from .program import Program
 from .recipes_forms import FORMS
+from .recipes_functional import FUNCTIONAL
 from .recipes_functions import computing
 from .recipes_layers import LAYERS
 from .recipes_shapes import moving
@@ -17,7 +18,9 @@ from .recipes_shapes import moving
 KNOWN = frozenset(
     {f"nn.{name}" for name in MODULES} | set(FUNCTIONS) - {"getattr"} | {f"method.{name}" for name in METHODS}
 )
-RECIPES: dict[str, Recipe] = {r.kind: r for r in (*LAYERS, *computing(KNOWN), *moving(KNOWN), *FORMS)}
+# A function that fastprune no longer knows is left out; one that it knows anew is missing.
+_ALL = [*LAYERS, *computing(KNOWN), *(r for r in FUNCTIONAL if r.kind in KNOWN), *moving(KNOWN), *FORMS]
+RECIPES: dict[str, Recipe] = {r.kind: r for r in _ALL}
 _ONLY_FIRST = ("form.second_input", "form.optional_input", "form.number_input")
 _TURNS = 8  # kinds whose turn it is in one network
 
