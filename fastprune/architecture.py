@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .channel_rules import is_followed
 from .inputs import KEY
 from .layer_kinds import ATTRIBUTES, DTYPES, FUNCTIONS, METHODS, MODULES, WORDS, is_number, kind_of
 from .nn import MaskedConv2d, mask_convolutions
@@ -89,6 +90,8 @@ def _describe_module(path: str, module: nn.Module) -> list[Any]:
     if name is None:
         own = f"{type(module).__module__}.{type(module).__qualname__}"
         raise ArchitectureError(f"{path} is a {own}, which no saved network may have; {_LISTS}")
+    if not is_followed(module):
+        raise ArchitectureError(f"{path} has a hook, or a forward of its own, which cannot be saved: remove it first")
     kind = MODULES[name]
     arguments = kind.read(module)
     if wrong := kind.wrong(arguments):

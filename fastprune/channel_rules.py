@@ -323,7 +323,17 @@ def _reshaped(node: fx.Node, source: Channels) -> Channels | None:
     # A size that is written out would be wrong once channels are gone.
     written = [*node.args[1:], *(value for name, value in node.kwargs.items() if name != "input")]
     sizes = [size for given in written for size in (given if isinstance(given, (list, tuple)) else [given])]
-    return None if any(isinstance(size, int) and size > 1 for size in sizes) else _flattened(node, source)
+    return _flattened(node, source) if all(map(_is_batch_or_rest, sizes)) else None
+
+
+def _is_batch_or_rest(size: Any) -> bool:
+    """Whether a size of a view stays right when channels go: -1, or that of the batch; 1 of a batch of one."""
+    if not isinstance(size, fx.Node):
+        return size in (-1, 1)
+    if size.target is operator.getitem:
+        source = size.args[0]
+        return isinstance(source, fx.Node) and source.target is getattr and bool(size.args[1] == 0)
+    return size.target == "size" and bool(size.kwargs.get("dim", (*size.args, None)[1]) == 0)
 
 
 def _combined(found: Analysis, node: fx.Node) -> Channels | None:

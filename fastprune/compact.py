@@ -118,7 +118,7 @@ def compact(
     network = trace(model, positional(example_input))
     _check_masks(model, network, masks or {})
     weights = effective_weights(network, masks or {})
-    _check_weights(weights)
+    _check_weights(network, weights)
     _warn_if_unpruned(network, masks)
     selected = Selected(analyse(network, weights, exact), round_to)
     made_by_hooks = {
@@ -162,9 +162,12 @@ def _check_masks(model: nn.Module, network: fx.GraphModule, masks: Mapping[str, 
             )
 
 
-def _check_weights(weights: Mapping[str, Tensor]) -> None:
+def _check_weights(network: fx.GraphModule, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
-        if not weight.isfinite().all():
+        bias = network.get_submodule(name)._parameters.get("bias")
+        if weight.is_meta:
+            raise ValueError(f"{name} is on the device meta, without values: load its weights first")
+        if not weight.isfinite().all() or (bias is not None and not bias.isfinite().all()):
             raise ValueError(
                 f"{name} has weights that are NaN or infinite: the network computes nothing that could be kept; "
                 f"go back to a checkpoint from before"

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .inputs import check_placed, positional, told
 from .nn import MaskedConv2d
 from .op_counter import OpCounter
+from .untouched import untouched
 
 __all__ = ["Cost", "LayerCost", "cost"]
 
@@ -106,7 +107,8 @@ def cost(model: nn.Module, example_input: Any, masked: bool = True) -> Cost:
     with _counting(model, counter), fake, counter:
         counter.start(tree_leaves(fake_inputs))
         try:
-            output = torch.func.functional_call(model, state, fake_inputs)
+            with untouched(model):
+                output = torch.func.functional_call(model, state, fake_inputs)
         except Exception as error:  # the model's own code runs: anything may come
             said = f"{type(error).__name__}: {error}"
             raise ValueError(

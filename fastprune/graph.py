@@ -1,6 +1,7 @@
 """The graph of a model: what it computes, as a list of ordinary modules and functions."""
 
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from .in_place import redirect_readers
 from .torchvision_layers import stochastic_depth
 from .tracer import Settled, Tracer, is_drop_path, place_of, with_constants
+from .untouched import untouched
 
 __all__ = ["shape", "trace", "trace_as_is"]
 
@@ -109,7 +111,7 @@ def _propagate_shapes(traced: fx.GraphModule, settled: Settled) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         fake = [pytree.tree_map_only(Tensor, mode.from_tensor, value) for value in settled.examples]
-        with _attributes_kept(traced), mode, torch.no_grad():
+        with untouched(traced), _quiet(), mode, torch.no_grad():
             _Shapes(traced).run(*fake)
     except Exception as error:  # layers say in many ways that an input does not fit
         tensors = [leaf for leaf in pytree.tree_leaves(settled.examples) if isinstance(leaf, Tensor)]
@@ -123,21 +125,15 @@ def _propagate_shapes(traced: fx.GraphModule, settled: Settled) -> None:
 
 
 @contextmanager
-def _attributes_kept(network: nn.Module) -> Iterator[None]:
-    """Whatever hooks set, as those of torch.nn.utils.weight_norm set a weight, the modules have what they had."""
-    before = [
-        (module, dict(vars(module)), dict(module._buffers))
-        for module in network.modules()
-        if module._forward_pre_hooks or module._forward_hooks
-    ]
+def _quiet() -> Iterator[None]:
+    """torch prints the traceback of what does not fit, beside raising it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was = logger.disabled
+    logger.disabled = True
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        logger.disabled = was
 
 
 class _Shapes(fx.Interpreter):
@@ -155,6 +151,11 @@ def _has_activation(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) and [name for name, _ in module.named_children()] == ["drop", "act"]
 
 
+def _is_as_written(module: nn.Module) -> bool:
+    """Whether it computes what its class says."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 def _is_renamed_norm(module: nn.Module) -> bool:
     """Whether it is of a subclass of BatchNorm that computes what BatchNorm does."""
     return isinstance(module, _NORMS) and type(module) not in _NORMS and type(module).forward is _BatchNorm.forward
@@ -164,31 +165,48 @@ class _Rewriter:
     """Traces a model in the mode it is in, and makes ordinary modules of what is written in other ways."""
 
     def __init__(self, model: nn.Module, settled: Settled) -> None:
-        self.modules = dict(model.named_modules())
+        self.modules, self.training = dict(model.named_modules()), model.training
         hidden = {*model._modules, *model._parameters, *model._buffers} & _TAKEN
         if hidden:
             raise ValueError(
                 f"{type(model).__name__} has parts named {', '.join(sorted(hidden))}, which torch.fx's graph modules "
                 f"have for themselves: call them otherwise"
             )
-        tracer = Tracer(settled)
+        name = type(model).__name__
         try:
-            graph = tracer.trace(model)
+            with untouched(model) as changed, torch.enable_grad():
+                tracer = Tracer(settled)
+                graph = tracer.trace(model)
         except Exception as error:  # the model's own code runs: anything may come
+            hint = ", its forward must not decide by the values or shapes of tensors nor loop over them"
+            because = hint if isinstance(error, (fx.proxy.TraceError, TypeError)) else ""
             raise ValueError(
-                f"{type(model).__name__} cannot be traced (torch.fx), its forward must not decide by the values or "
-                f"shapes of tensors nor loop over them: {type(error).__name__}: {error}{place_of(error)}"
+                f"{name} cannot be traced (torch.fx){because}: {type(error).__name__}: {error}{place_of(error)}"
             ) from error
+        if changed:
+            raise ValueError(
+                f"{name} cannot be traced: its forward sets {', '.join(changed[:3])}, and the graph would not; "
+                f"take out of the forward what counts or averages"
+            )
         graph._tracer_cls = fx.Tracer  # by which pickles are read
         self.graph = graph
         self.traced = fx.GraphModule(with_constants(model, tracer.constants), graph, type(model).__name__)
         for node in list(graph.nodes):
             self._rewrite(node)
         redirect_readers(graph, self.modules)
+        norms = {node.target for node in graph.nodes if self._keeps_statistics(node)}
         graph.eliminate_dead_code()
+        if lost := norms - {node.target for node in graph.nodes if node.op == "call_module"}:
+            raise ValueError(
+                f"{name} cannot be traced: nobody reads the result of {min(lost)}, but its statistics count"
+            )
         self._forget_what_nobody_reads()
         graph.lint()
         self.traced.recompile()
+
+    def _keeps_statistics(self, node: fx.Node) -> bool:
+        module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+        return isinstance(module, _BatchNorm) and module.track_running_stats
 
     def _rewrite(self, node: fx.Node) -> None:
         if node.op == "call_module":
@@ -197,13 +215,18 @@ class _Rewriter:
             self.graph.erase_node(node)
         elif node.op == "call_function" and node.target in _DROPOUTS:
             arguments = _arguments(node)
+            if arguments["training"] is not self.training:  # the other mode's graph has a module here
+                return
             module = _DROPOUTS[node.target](arguments["p"], bool(arguments.get("inplace")))
             self._replace(node, self._free_name(node.name), module)
         elif node.op == "call_function" and node.target in _LAYERS:
             self._lift(node)
 
     def _rewrite_module(self, node: fx.Node, name: str, module: nn.Module) -> None:
-        if isinstance(module, nn.Identity):
+        if not _is_as_written(module):
+            if is_drop_path(module) or _has_activation(module):
+                raise ValueError(f"{name} has a forward hook or a forward of its own, which cannot be taken along")
+        elif isinstance(module, nn.Identity):
             node.replace_all_uses_with(node.all_input_nodes[0])
             self.graph.erase_node(node)
         elif is_drop_path(module):
@@ -289,8 +312,6 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """An object of the class ``kind`` with the module's parameters, buffers and settings, without its submodules."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError(f"a {type(module).__name__} has a forward hook, which fastprune cannot take along: remove it")
     plain = kind.__new__(kind)
     nn.Module.__init__(plain)
     settings = set(inspect.signature(kind.__init__).parameters) | set(getattr(kind, "__constants__", ()))
@@ -309,8 +330,11 @@ def _must_agree(trained: fx.GraphModule, tested: fx.GraphModule) -> None:
     name = f"{type(tested).__name__} cannot be traced as one graph: its forward"
     if ours != theirs:
         first = next((pair for pair in zip(ours, theirs) if pair[0] != pair[1]), ("more", "less"))
+        if any("dropout" in text for text in first):
+            raise ValueError(f"{name} drops in eval mode, or not in train mode: give dropout training=self.training")
         raise ValueError(
-            f"{name} asks for `training`, and does {first[0]} in train mode where it does {first[1]} in eval mode"
+            f"{name} asks for `training`, or draws at random, and does {first[0]} in train mode where it does "
+            f"{first[1]} in eval mode"
         )
     for node in tested.graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):

@@ -12,6 +12,7 @@ import operator
 from collections import defaultdict
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -42,11 +43,13 @@ _VIEWING_MODULES = (
     *(nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout),
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
 )
+_OVERLAPPING = {"expand", "expand_as", "broadcast_to", torch.broadcast_to, "as_strided", torch.as_strided, "unfold"}
 _NUMBERS = {"size", "dim", "numel", "stride", "ndimension", "nelement", "element_size", "is_floating_point"}
 _FRESH = {id(function): name.rpartition(".")[2] not in _VIEWS for name, function in FUNCTIONS.items()}
 
 # Part of a tensor's memory: the node that made it, and which part of what is taken at each split on the way.
-_Place = tuple[fx.Node, tuple[tuple[fx.Node, int], ...]]
+_Path = tuple[tuple[fx.Node, int], ...]
+_Place = tuple[fx.Node, _Path]
 
 
 def redirect_readers(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -79,6 +82,7 @@ class _Writers:
         self.places: dict[fx.Node, frozenset[_Place]] = {}
         self.sharing: defaultdict[fx.Node, list[fx.Node]] = defaultdict(list)  # by the node that made the memory
         self.immutable: set[fx.Node] = set()  # numbers, shapes and tuples
+        self.overlapping: set[fx.Node] = set()  # views in which one place of memory is several elements
 
     def add(self, node: fx.Node) -> fx.Node | None:
         """Take a node in; returns the one whose memory it writes to, if it does."""
@@ -108,9 +112,9 @@ class _Writers:
 
     def _overlap(self, first: fx.Node, second: fx.Node) -> bool:
         return any(
-            root is other and not any(step is same and part != its for step, part in path for same, its in its_path)
+            root is other and not _are_apart(path, its)
             for root, path in self.places[first]
-            for other, its_path in self.places[second]
+            for other, its in self.places[second]
         )
 
     def _places_of(self, node: fx.Node) -> frozenset[_Place]:
@@ -119,7 +123,9 @@ class _Writers:
         if not self._may_share(node):
             return frozenset({(node, ())})
         found = frozenset(place for source in node.all_input_nodes for place in self.places[source])
-        if node.target is operator.getitem and _is_split(source := node.args[0]) and isinstance(node.args[1], int):
+        if any(source in self.overlapping for source in node.all_input_nodes) or node.target in _OVERLAPPING:
+            self.overlapping.add(node)
+        elif node.target is operator.getitem and _is_split(source := node.args[0]) and isinstance(node.args[1], int):
             step: tuple[tuple[fx.Node, int], ...] = ((source, node.args[1]),)  # type: ignore[assignment]
             return frozenset((root, path + step) for root, path in found)
         return found or frozenset({(node, ())})
@@ -170,7 +176,16 @@ class _Writers:
                 return None
         else:
             return None
+        if isinstance(target, (list, tuple)):
+            _refuse(node, "writes to the tensors of a list")
         return target if isinstance(target, fx.Node) else None
+
+
+def _are_apart(first: _Path, second: _Path) -> bool:
+    """Whether two parts were different entries of one split. Of indices from both ends, one cannot tell."""
+    return any(
+        step is same and part != other and (part < 0) == (other < 0) for step, part in first for same, other in second
+    )
 
 
 def _asks_for_size(node: fx.Node) -> bool:

@@ -69,7 +69,8 @@ def save(
         build(json.loads(json.dumps(architecture)), tensors)  # what cannot be loaded is not written
     except ArchitectureError as error:
         raise ValueError(f"{type(model).__name__} cannot be saved: {error}") from error
-    content = {"architecture": architecture, "inputs": inputs, "info": dict(info or {})}
+    frozen = [name for name, own in network.named_parameters() if own.is_floating_point() and not own.requires_grad]
+    content = {"architecture": architecture, "inputs": inputs, "info": dict(info or {}), "frozen": frozen}
     write_sealed(Path(path), tensors, _KEY, {"version": _VERSION}, content, "saved network")
 
 
@@ -97,7 +98,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> fx.GraphModule
     tensors that are in it and for nothing else.
 
     Returns:
-        A ``GraphModule`` with the tensors, bit by bit; its ``meta`` has ``inputs`` and ``info`` as they were saved.
+        A ``GraphModule`` with the tensors, bit by bit, and what was frozen frozen; its ``meta`` has ``inputs`` and
+        ``info`` as they were saved.
 
     Raises:
         NetworkFileError: for a missing, unreadable, truncated, damaged or foreign file, of another version or with a
@@ -109,12 +111,21 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> fx.GraphModule
         inputs, info = stored.get("inputs"), stored.get("info")
         if not isinstance(info, dict) or not is_described(inputs):
             raise ArchitectureError("it does not say what its inputs are")
+        _freeze(network, stored.get("frozen", []))  # files of before have none
     except CheckpointError as error:
         raise NetworkFileError(str(error)) from error
     except ArchitectureError as error:
         raise NetworkFileError(f"{path} is no network that fastprune saves: {error}") from error
     network.meta["inputs"], network.meta["info"] = inputs, info
     return network.to(device)
+
+
+def _freeze(network: fx.GraphModule, frozen: Any) -> None:
+    parameters = dict(network.named_parameters())
+    if not isinstance(frozen, list) or not all(type(name) is str and name in parameters for name in frozen):
+        raise ArchitectureError("it freezes what is no parameter")
+    for name in frozen:
+        parameters[name].requires_grad_(False)
 
 
 def example_inputs(network: fx.GraphModule) -> tuple[Any, ...]:

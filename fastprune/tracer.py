@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ __all__ = ["Settled", "Tracer", "is_drop_path", "place_of", "with_constants"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _INPUT = object()
+_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
 class Settled:
@@ -63,6 +65,15 @@ class Settled:
         self.examples = tuple(value for value, own in zip(given, self.arguments) if own is _INPUT)
         self.inputs = [name for name, value in zip(names, self.arguments) if value is _INPUT]
 
+    def example_of(self, node: fx.Node) -> Any:
+        """The example of an input that is no tensor but holds some; None for any other node."""
+        nested = {
+            name: value
+            for name, value in zip(self.inputs, self.examples, strict=False)
+            if not isinstance(value, Tensor)
+        }
+        return nested.get(str(node.target)) if node.op == "placeholder" else None
+
 
 def _has_tensors(value: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
@@ -76,6 +87,10 @@ def _check_traceable(model: nn.Module) -> None:
         raise ValueError("torch.compile wraps the network: pass its ._orig_mod, and compile what comes of it")
     if isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"{name} is compiled by torch.jit, which hides its layers: pass the module it was made of")
+    if any(getattr(nn.modules.module, hooks) for hooks in ("_global_forward_hooks", "_global_forward_pre_hooks")):
+        raise ValueError("a forward hook is registered for all modules, which may do anything: remove it first")
+    if type(model).__call__ is not nn.Module.__call__ and not isinstance(model, fx.GraphModule):
+        raise ValueError(f"{name} has a __call__ of its own, which torch.fx passes by: put it into its forward")
     for path, module in model.named_modules():
         if any(map(is_lazy, module._parameters.values())):
             raise ValueError(f"{path or name} has no weights yet (a lazy layer): call the model once on an input first")
@@ -83,6 +98,22 @@ def _check_traceable(model: nn.Module) -> None:
 
 class _Proxy(fx.Proxy):
     """Records or refuses what torch.fx would lose without a word; see below for `+=` and its like."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """What the model's own ``isinstance`` asks for: the type of a tensor, or of the example; torch.fx sees ours."""
+        frame = sys._getframe(1)
+        if frame.f_code.co_filename.startswith(_OURS) and frame.f_code.co_name != "is_tensor":
+            return type(self)
+        example = _example_of(self)
+        if _is_size(self.node):
+            raise TypeError("the forward asks for the type of a size")
+        return Tensor if example is None else type(example)
+
+    def __getattr__(self, name: str) -> Any:
+        if _example_of(self) is None and not hasattr(Tensor, name):
+            raise AttributeError(f"a tensor has no attribute {name}")  # hasattr asks, too
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
@@ -93,12 +124,29 @@ class _Proxy(fx.Proxy):
         raise TypeError("the forward assigns to a part of a tensor (x[...] = y): use torch.where, torch.cat or a mask")
 
 
+def _example_of(proxy: fx.Proxy) -> Any:
+    return proxy.tracer.settled.example_of(proxy.node) if isinstance(proxy.tracer, Tracer) else None
+
+
+def _is_size(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, fx.Node) and (
+        source.target == "size" or (source.target is getattr and source.args[1] in ("shape", "ndim"))
+    )
+
+
 def _recorded(function: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
 
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
     setattr(_Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
+
+
+def _switches() -> tuple[Any, ...]:
+    """The state that changes what ops compute, or whether they have gradients."""
+    devices = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    return torch.is_grad_enabled(), *((kind, torch.get_autocast_dtype(kind)) for kind in devices)
 
 
 class Tracer(fx.Tracer):
@@ -113,8 +161,17 @@ class Tracer(fx.Tracer):
 
     def __init__(self, settled: Settled) -> None:
         super().__init__()
-        self.settled = settled
+        self.settled, self.switches = settled, _switches()
         self.constants: dict[str, Tensor] = {}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Refuse what runs in another mode, which is no part of the graph."""
+        if _switches() != self.switches:
+            raise ValueError(
+                "the forward switches autocast or gradients (torch.autocast, torch.no_grad), which would be lost: "
+                "switch them around the model's call, freeze layers by requires_grad_(False)"
+            )
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether ``m`` becomes one node."""
@@ -131,7 +188,8 @@ class Tracer(fx.Tracer):
 
         def forward(*proxies: Any) -> Any:
             left = iter(proxies)
-            return self.root.forward(*(next(left) if own is _INPUT else own for own in self.settled.arguments))
+            arguments = (next(left) if own is _INPUT else own for own in self.settled.arguments)
+            return self.root._call_impl(*arguments)  # with the hooks of the model itself
 
         forward.__annotations__ = dict(getattr(root_fn, "__annotations__", {}))  # torch.fx keeps that of the result
         return forward, inputs
@@ -155,11 +213,28 @@ class Tracer(fx.Tracer):
 
 
 def is_drop_path(module: nn.Module) -> bool:
-    """Whether it is timm's ``DropPath``, or one of the many that are written like it."""
-    return type(module).__name__ == "DropPath" and hasattr(module, "drop_prob")
+    """Whether it is timm's ``DropPath``, or one of the many that do what it does: drop rows, and scale the others."""
+    if type(module).__name__ != "DropPath" or not hasattr(module, "drop_prob"):
+        return False
+    rate, was = float(module.drop_prob or 0), module.training  # type: ignore[arg-type]
+    scaled = getattr(module, "scale_by_keep", True) and rate < 1
+    rows, allowed = torch.ones(64, 2, 1, 1), {0.0, 1 / (1 - rate) if scaled else 1.0}
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            module.training = True
+            dropped = module.forward(rows)
+            module.training = False
+            return torch.equal(module.forward(rows), rows) and _are_rows_of(dropped, allowed)
+    except Exception:  # anything of this name may come
+        return False
+    finally:
+        module.training = was
 
 
-_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+def _are_rows_of(dropped: Any, allowed: set[float]) -> bool:
+    values = dropped[:, 0].flatten()
+    near = (values[:, None] - torch.tensor(sorted(allowed))).abs().min(1).values < 1e-6
+    return dropped.shape == (64, 2, 1, 1) and torch.equal(dropped[:, 0], dropped[:, 1]) and bool(near.all())
 
 
 def place_of(what: Exception | fx.Node) -> str:
