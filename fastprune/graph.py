@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .in_place import redirect_readers
 from .torchvision_layers import stochastic_depth
-from .tracer import Settled, Tracer, is_drop_path, place_of, with_constants
+from .tracer import Settled, Tracer, is_drop_path, place_of, types_told, with_constants
 from .untouched import untouched
 
 __all__ = ["shape", "trace", "trace_as_is"]
@@ -174,12 +174,12 @@ class _Rewriter:
             )
         name = type(model).__name__
         try:
-            with untouched(model) as changed, torch.enable_grad():
+            with untouched(model) as changed, types_told(), torch.enable_grad():
                 tracer = Tracer(settled)
                 graph = tracer.trace(model)
         except Exception as error:  # the model's own code runs: anything may come
             hint = ", its forward must not decide by the values or shapes of tensors nor loop over them"
-            because = hint if isinstance(error, (fx.proxy.TraceError, TypeError)) else ""
+            because = hint if isinstance(error, fx.proxy.TraceError) or "Proxy" in str(error) else ""
             raise ValueError(
                 f"{name} cannot be traced (torch.fx){because}: {type(error).__name__}: {error}{place_of(error)}"
             ) from error

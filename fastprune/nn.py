@@ -323,7 +323,10 @@ def mask_convolutions(
         module.kept = None
         found[name] = module
     if not found:
-        raise ValueError("the model has no Conv2d to mask")
+        left_out = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        raise ValueError(
+            "ignore and include leave no Conv2d to mask" if left_out else "the model has no Conv2d to mask"
+        )
     return found
 
 

@@ -55,6 +55,8 @@ def ramp_length(schedule: Ramp, ramp_steps: int | None, every: int, until: int |
     if ramp_steps is not None:
         ramp_steps = arguments.whole_number("ramp_steps", ramp_steps, 0)
     if schedule == "constant":
+        if ramp_steps:
+            raise ValueError(f"ramp_steps={ramp_steps} is for a rate that rises: set schedule to linear or cubic")
         return 0
     last = None if until is None else next((i for i in reversed(range(until)) if is_due(i, every, period)), 0)
     ramp = last if ramp_steps is None else ramp_steps

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import operator
 import re
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +25,7 @@ from .nn import MaskedConv2d
 from .scatter import Scatter
 from .torchvision_layers import is_frozen_batch_norm, is_stochastic_depth
 
-__all__ = ["Settled", "Tracer", "is_drop_path", "place_of", "with_constants"]
+__all__ = ["Settled", "Tracer", "is_drop_path", "place_of", "types_told", "with_constants"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _INPUT = object()
@@ -99,17 +102,6 @@ def _check_traceable(model: nn.Module) -> None:
 class _Proxy(fx.Proxy):
     """Records or refuses what torch.fx would lose without a word; see below for `+=` and its like."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """What the model's own ``isinstance`` asks for: the type of a tensor, or of the example; torch.fx sees ours."""
-        frame = sys._getframe(1)
-        if frame.f_code.co_filename.startswith(_OURS) and frame.f_code.co_name != "is_tensor":
-            return type(self)
-        example = _example_of(self)
-        if _is_size(self.node):
-            raise TypeError("the forward asks for the type of a size")
-        return Tensor if example is None else type(example)
-
     def __getattr__(self, name: str) -> Any:
         if _example_of(self) is None and not hasattr(Tensor, name):
             raise AttributeError(f"a tensor has no attribute {name}")  # hasattr asks, too
@@ -122,6 +114,36 @@ class _Proxy(fx.Proxy):
 
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
         raise TypeError("the forward assigns to a part of a tensor (x[...] = y): use torch.where, torch.cat or a mask")
+
+
+@contextmanager
+def types_told() -> Iterator[None]:
+    """While a forward is traced, let ``isinstance`` say of a proxy, in the model's own code, what it stands for.
+
+    The builtin is replaced, as torch.fx replaces ``Module.__call__``. A ``__class__`` of its own would not do: C code
+    of PyTorch believes it, and reads a tensor where there is none.
+
+    Raises:
+        TypeError: out of ``isinstance``, where it is asked for the type of a size.
+    """
+    plain = builtins.isinstance
+
+    def told(value: Any, kinds: Any) -> bool:
+        if type(value) is not _Proxy or plain(value, kinds):
+            return plain(value, kinds)
+        frame = sys._getframe(1)
+        if frame.f_code.co_filename.startswith(_OURS) and frame.f_code.co_name != "is_tensor":
+            return False
+        if _is_size(value.node):
+            raise TypeError("the forward asks for the type of a size")
+        example = _example_of(value)
+        return issubclass(Tensor if example is None else type(example), kinds)
+
+    builtins.isinstance = told
+    try:
+        yield
+    finally:
+        builtins.isinstance = plain
 
 
 def _example_of(proxy: fx.Proxy) -> Any:

@@ -362,3 +362,10 @@ def test_weights_that_a_hook_makes_are_not_taken(reparametrise: Callable[[nn.Mod
         FilterPruner(model, 0.5, removable_only=False)
     assert type(model[0]) is nn.Conv2d, "nothing is changed"
     assert list(FilterPruner(model, 0.5, ignore=["3"]).layers) == ["0"]
+
+
+def test_what_ignore_and_include_leave_is_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1))
+    with pytest.raises(ValueError, match="ignore and include leave no Conv2d to mask"):
+        mask_convolutions(model, ignore=["0"])
+    assert type(model[0]) is nn.Conv2d

@@ -516,3 +516,8 @@ def test_report_tells_masks_that_were_loaded() -> None:
     whys = {layer.name: layer.why for layer in second.report().layers}
     assert changed
     assert all(whys[name] == "as loaded, or changed by others than this pruner" for name in changed)
+
+
+def test_a_ramp_without_a_rising_schedule_is_told() -> None:
+    with pytest.raises(ValueError, match="ramp_steps=10 is for a rate that rises: set schedule to linear or cubic"):
+        FilterPruner(models.create("resnet20"), 0.5, ramp_steps=10, removable_only=False)
