@@ -174,7 +174,7 @@ class _Rewriter:
             )
         name = type(model).__name__
         try:
-            with untouched(model) as changed, types_told(), torch.enable_grad():
+            with untouched(model) as changed, types_told(model), torch.enable_grad():
                 tracer = Tracer(settled)
                 graph = tracer.trace(model)
         except Exception as error:  # the model's own code runs: anything may come

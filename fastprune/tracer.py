@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import operator
 import re
-import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,33 +115,36 @@ class _Proxy(fx.Proxy):
 
 
 @contextmanager
-def types_told() -> Iterator[None]:
-    """While a forward is traced, let ``isinstance`` say of a proxy, in the model's own code, what it stands for.
+def types_told(model: nn.Module) -> Iterator[None]:
+    """While a forward is traced, let ``isinstance`` say of a proxy, in the model's own files, what it stands for.
 
-    The builtin is replaced, as torch.fx replaces ``Module.__call__``. A ``__class__`` of its own would not do: C code
-    of PyTorch believes it, and reads a tensor where there is none.
+    The name is set in the globals of these files. (Nothing that C code sees may say it of a proxy: PyTorch's reads a
+    tensor where there is none.)
 
     Raises:
-        TypeError: out of ``isinstance``, where it is asked for the type of a size.
+        TypeError: for ``torch.is_tensor``, which is not reached so; and out of ``isinstance`` of a size.
     """
-    plain = builtins.isinstance
-
-    def told(value: Any, kinds: Any) -> bool:
-        if type(value) is not _Proxy or plain(value, kinds):
-            return plain(value, kinds)
-        frame = sys._getframe(1)
-        if frame.f_code.co_filename.startswith(_OURS) and frame.f_code.co_name != "is_tensor":
-            return False
-        if _is_size(value.node):
-            raise TypeError("the forward asks for the type of a size")
-        example = _example_of(value)
-        return issubclass(Tensor if example is None else type(example), kinds)
-
-    builtins.isinstance = told
+    forwards = {type(module).forward for module in model.modules() if inspect.isfunction(type(module).forward)}
+    own = [forward for forward in forwards if not forward.__code__.co_filename.startswith(_OURS)]
+    if any("is_tensor" in forward.__code__.co_names for forward in own):
+        raise TypeError("the forward asks torch.is_tensor, which torch.fx cannot answer: use isinstance(x, Tensor)")
+    files = [names for names in {id(f.__globals__): f.__globals__ for f in own}.values() if "isinstance" not in names]
+    for names in files:
+        names["isinstance"] = _told
     try:
         yield
     finally:
-        builtins.isinstance = plain
+        for names in files:
+            del names["isinstance"]
+
+
+def _told(value: Any, kinds: Any) -> bool:
+    if type(value) is not _Proxy or isinstance(value, kinds):
+        return isinstance(value, kinds)
+    if _is_size(value.node):
+        raise TypeError("the forward asks for the type of a size")
+    example = _example_of(value)
+    return issubclass(Tensor if example is None else type(example), kinds)
 
 
 def _example_of(proxy: fx.Proxy) -> Any:

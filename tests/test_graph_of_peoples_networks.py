@@ -44,7 +44,7 @@ def part_called(m: Network, x: Tensor) -> Tensor:
 
 
 def asks_for_type(m: Network, x: Tensor) -> Tensor:
-    if isinstance(x, Tensor) and torch.is_tensor(x) and not isinstance(x, (list, dict)) and not hasattr(x, "tensors"):
+    if isinstance(x, Tensor) and not isinstance(x, (list, dict)) and not hasattr(x, "tensors"):
         x = (x - 0.5) / 0.25
     return plain(m, x)
 
@@ -219,6 +219,19 @@ def test_hooks_of_all_modules_are_refused() -> None:
             trace(Network(plain))
     finally:
         handle.remove()
+
+
+class Asking(nn.Module):
+    """Asks in a way that no proxy can answer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if torch.is_tensor(x) else x
+
+
+def test_is_tensor_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"the forward asks torch.is_tensor, which torch.fx cannot answer"):
+        trace(nn.Sequential(Asking()))
+    assert "isinstance" not in globals()
 
 
 @pytest.mark.parametrize("change", [hooked, patched])
