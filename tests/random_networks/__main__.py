@@ -12,15 +12,11 @@ from multiprocessing import get_context
 import torch
 from tqdm import tqdm
 
-from .checks import Finding, Result, check
+from .checks import Finding
 from .coverage import table
 from .draw import draw
 from .shrink import shrunk
-
-
-def _checked(seed: int) -> tuple[int, Result, frozenset[str]]:
-    program = draw(seed)
-    return seed, check(program), program.used
+from .worker import checked
 
 
 def _tell(seed: int, finding: Finding, small: bool) -> None:
@@ -49,7 +45,7 @@ def main() -> int:
     refusals: Counter[str] = Counter()
     seeds = range(options.seed, options.seed + options.networks)
     with ProcessPoolExecutor(options.jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        results = pool.map(_checked, seeds, chunksize=8) if options.jobs > 1 else map(_checked, seeds)
+        results = pool.map(checked, seeds, chunksize=8) if options.jobs > 1 else map(checked, seeds)
         for seed, result, used in tqdm(results, total=len(seeds), unit="network", dynamic_ncols=True):
             counts += result.counts
             covered.update(used)
