@@ -194,12 +194,11 @@ class _Rewriter:
         for node in list(graph.nodes):
             self._rewrite(node)
         redirect_readers(graph, self.modules)
-        norms = {node.target for node in graph.nodes if self._keeps_statistics(node)}
+        norms = {str(node.target) for node in graph.nodes if self._keeps_statistics(node)}
         graph.eliminate_dead_code()
-        if lost := norms - {node.target for node in graph.nodes if node.op == "call_module"}:
-            raise ValueError(
-                f"{name} cannot be traced: nobody reads the result of {min(lost)}, but its statistics count"
-            )
+        lost = norms - {str(node.target) for node in graph.nodes if node.op == "call_module"}
+        if lost := lost & {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}:
+            raise ValueError(f"{name} cannot be traced: {min(lost)} is called for its statistics alone, which it reads")
         self._forget_what_nobody_reads()
         graph.lint()
         self.traced.recompile()
