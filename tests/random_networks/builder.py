@@ -57,6 +57,8 @@ class Draft:
     Attributes:
         rng: whence all decisions come.
         values: by name, the tensors that the lines have made.
+        latest: how often the last of them is taken.
+        private: names of those that no other step reads.
     """
 
     def __init__(self, seed: int) -> None:
@@ -69,6 +71,7 @@ class Draft:
         self.inputs = [Input("x", (2, self.rng.randint(2, 4), *side))]
         self.space: dict[str, Any] = {**NAMESPACE, "self": self.holder}
         self.numbers = itertools.count(1)
+        self.latest, self.private = 0.6, set[str]()
         self.lines: list[str] = []
         self.used: set[str] = set()
         self._set_inputs()
@@ -83,10 +86,16 @@ class Draft:
         found = found[1:] or found  # rather not the input
         if not found:
             return self.converted(self.value(4), self.rng.choice(dims))
-        return found[-1] if self.rng.random() < 0.6 else self.rng.choice(found)
+        return found[-1] if self.rng.random() < self.latest else self.rng.choice(found)
 
     @property
     def values(self) -> dict[str, Tensor]:
+        """Those that steps may read."""
+        return {name: value for name, value in self.all_values.items() if name not in self.private}
+
+    @property
+    def all_values(self) -> dict[str, Tensor]:
+        """Those that are private, too."""
         return {n: v for n, v in self.space.items() if VARIABLE.fullmatch(n) and isinstance(v, Tensor) and v.dim() > 1}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -172,13 +181,11 @@ class Draft:
         self.tensors[name] = calls.get(kind, f"torch.empty({sizes})")
         return f"self.{name}"
 
-    def options(self, kind: str, options: Mapping[str, Option], share: float = 0.68) -> dict[str, str]:
-        """Draw some arguments; those drawn count as covered."""
-        drawn = {
-            name: option(self)
-            for name, option in options.items()
-            if self.rng.random() < (0.62 if name == "inplace" else share)
-        }
+    def options(self, kind: str, options: Mapping[str, Option], share: float = 0.7) -> dict[str, str]:
+        """Draw some arguments, now and then just one; those drawn count as covered."""
+        alone = self.rng.choice(list(options)) if len(options) > 2 and self.rng.random() < 0.5 else ""
+        shares = {name: float(name == alone) if alone else 0.66 if name == "inplace" else share for name in options}
+        drawn = {name: option(self) for name, option in options.items() if self.rng.random() < shares[name]}
         self.used.update(f"{kind}.{name}" for name in drawn)
         return drawn
 
@@ -271,7 +278,7 @@ class Draft:
         return False
 
     def _written(self) -> int:
-        return sum(value._version for value in self.values.values())
+        return sum(value._version for value in self.all_values.values())
 
     def _replay(self) -> None:
         """Execute again what there is, where a step that was given up has written to a tensor."""
@@ -293,18 +300,18 @@ class Draft:
         if not last.refusable and not any(key.endswith(".inplace") for key in last.used):
             return ""
         names = VARIABLE.findall(last.lines[-1].rpartition(" = ")[2])
-        return names[0] if names and names[0] in self.values else ""
+        return names[0] if names and names[0] in self.all_values else ""
 
     def unread(self) -> list[str]:
         """Tensors that nothing reads."""
         text = "\n".join(line.partition(" = ")[2] or line for step in self.steps for line in step.lines)
         read = set(re.findall(VARIABLE, text))
-        return [name for name in self.values if name not in read]
+        return [name for name in self.all_values if name not in read]
 
     def program(self, returned: Sequence[str]) -> Program:
         """What was drawn."""
         by = self.rng.choices(["filters", "weights", "zeros"], [0.7, 0.12, 0.18])[0]
-        rate, argument = self.rng.choice([0.3, 0.5, 0.8]), self.rng.choice([0, 0, 0.5])
+        rate, argument = self.rng.choice([0.4, 0.6, 0.8]), self.rng.choice([0, 0, 0.5])
         return Program(
             self.seed,
             tuple(self.inputs),

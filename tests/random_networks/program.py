@@ -203,6 +203,13 @@ class Program:
                 found.append(line)
         return found
 
+    def not_needed(self) -> list[str]:
+        """Tensors that the outputs do not depend on, but for those of lines that are to be so."""
+        needed = set(self._needed())
+        lines = [line for step in self.steps if step.kind != "form.unused" for line in step.lines]
+        made = {line.partition(" = ")[0] for line in lines if line in needed}
+        return [n for n in (line.partition(" = ")[0] for line in lines) if VARIABLE.fullmatch(n) and n not in made]
+
     def _is_read(self, name: str) -> bool:
         """Whether the forward reads a layer's weight, besides calling it or not."""
         return f"self.{name}." in self.source().partition("def forward")[2]

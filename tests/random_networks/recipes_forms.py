@@ -161,6 +161,7 @@ def _unused(draft: Draft) -> None:
     x = draft.value(4)
     draft.layer(f"nn.Conv2d({draft.shape(x)[1]}, 3, 1)")
     draft.do(f"n{next(draft.numbers)} = {x}.mean()")
+    draft.let(f"{x} * 0.5")
 
 
 def _part_of_view(draft: Draft) -> None:
@@ -317,7 +318,7 @@ FORMS: list[Recipe] = [
     Recipe("form.optional_input", _optional_input),
     Recipe("form.number_input", _number_input),
     Recipe("form.twice", _tied, weight=2.0),
-    Recipe("form.unused", _unused),
+    Recipe("form.unused", _unused, refusable=("nobody reads the result of",)),
     Recipe("form.part_of_view", _part_of_view, refusable=WRITES),
     Recipe("form.assigned", _assigned, refusable=("assigns to a part of a tensor", *WRITES)),
     Recipe("form.out", _out, refusable=("out=", *WRITES)),

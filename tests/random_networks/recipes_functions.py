@@ -64,6 +64,8 @@ def unary(kind: str) -> Recipe:
         x = draft.value()
         if name in ("log", "sqrt", "rsqrt"):
             x = _positive(draft, x)
+        if name == "exp":
+            x = draft.let(f"{x}.tanh()")
         required = {}
         if name == "pow":
             required = {"exponent": draft.rng.choice(["2", "3", "0.5"])}
@@ -212,7 +214,7 @@ def _matmul(kind: str) -> Recipe:
             other = draft.tensor((draft.shape(x)[-1], draft.rng.randint(1, 8)))
             draft.let(f"{x}.matmul({other})" if kind == "method.matmul" else f"torch.matmul({x}, {other})")
 
-    return Recipe(kind, make)
+    return Recipe(kind, make, weight=2.0)
 
 
 def computing(known: frozenset[str]) -> list[Recipe]:

@@ -244,9 +244,9 @@ def _shuffle(name: str, argument: str) -> Recipe:
 _DROPOUT = {"p": pick("0.2", "0.7"), **_INPLACE}
 _POOLS = [
     _layer("MaxPool1d", (3,), _kernel, pool_options(1, False)),
-    _layer("MaxPool2d", (4,), _kernel, pool_options(2, False), 2.0),
+    _layer("MaxPool2d", (4,), _kernel, pool_options(2, False), 4.0),
     _layer("AvgPool1d", (3,), _kernel, pool_options(1, True)),
-    _layer("AvgPool2d", (4,), _kernel, pool_options(2, True), 2.0),
+    _layer("AvgPool2d", (4,), _kernel, pool_options(2, True), 5.0),
     *(_layer(f"Adaptive{kind}Pool{d}d", (d + 2,), _output, {}) for kind in ("Avg", "Max") for d in (1, 2)),
     _layer("ZeroPad2d", (4,), _pads(-1), {}),
     _layer("ReflectionPad2d", (4,), _pads(), {}),
