@@ -23,6 +23,7 @@ from fastprune.scatter import Scatter
 from .program import Program
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+_SMALL = 1e-2  # beside values of about 1, which a norm of constants may have made noise of
 _NOISE = 5.0  # how much further from the model than its own error in float32
 
 
@@ -182,7 +183,7 @@ class _Checks:
         )
         came = self.attempt("compact, float32, called", lambda: outputs(small, single))
         for place, (one, other, true) in enumerate(zip(came, own, exact)):
-            largest = float(true.abs().max()) or 1.0
+            largest = max(float(true.abs().max()), _SMALL)
             noise = float((other - true).abs().max()) / largest
             difference = float((one - other).abs().max()) / largest
             if not difference <= TOLERANCE[torch.float32] + _NOISE * noise:
@@ -200,8 +201,8 @@ def outputs(network: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 def relative(own: Tensor, other: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    return float((own - other).abs().max() / other.abs().max().clamp(min=1e-30))
+    """The largest difference, as a share of the largest value; of noise around 0, as a share of a small one."""
+    return float((own - other).abs().max() / other.abs().max().clamp(min=_SMALL))
 
 
 def _told(tensor: Tensor) -> str:
