@@ -15,7 +15,6 @@ from torch import nn
 from fastprune import channel_rules, channels, graph, in_place, layer_kinds, shrink, tracer
 from fastprune.channel_state import Channels
 from fastprune.inputs import positional
-from fastprune.keep import Selected
 
 from .checks import check
 from .draw import draw
@@ -94,17 +93,6 @@ def _first_input_only(own: Wrapper, self: Any, model: nn.Module, example_input: 
     own(self, model, None if example_input is None else positional(example_input)[:1])
 
 
-def _least_carrier(own: Wrapper, self: Selected, read: Any, group: int = 0) -> Any:
-    each = len(read.channels.ids) // read.groups
-    sizes = np.abs(np.nan_to_num(read.channels.constants))
-    span = range(group * each, (group + 1) * each)
-    return min(
-        (i for i in self.index(read.channels).tolist() if i in span and sizes[i] > 0),
-        key=lambda i: sizes[i],
-        default=None,
-    )
-
-
 def _without_alpha(own: Wrapper, found: Any, node: Any) -> Any:
     given = node.kwargs
     node.kwargs = {name: value for name, value in given.items() if name != "alpha"}
@@ -160,7 +148,6 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "the report says that nothing is kept of what stays whole": _wrapped(compacting, "_change", _nothing_kept),
     "biases are frozen as their weights": _wrapped(shrink, "_filled", _flag_of_weight),
     "a second input with a default is dropped": _wrapped(tracer.Settled, "__init__", _first_input_only),
-    "the least constant carries the others": _wrapped(Selected, "carrier", _least_carrier),
     "alpha of a sum is forgotten": _wrapped(channel_rules, "_combined", _without_alpha),
     "PReLU leaves constants as they are": _listed("_IDENTITIES", nn.PReLU),
     "groups are forgotten": _wrapped(channel_rules, "_convolution", _one_group),
