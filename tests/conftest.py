@@ -16,6 +16,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "bench"))
 
 import cases
 import pytest
+import torch
 import triton_interpreter
 from _pytest.mark.expression import Expression  # what -m is read with
 from dead_worker import pytest_configure, pytest_handlecrashitem, pytest_sessionfinish, pytest_testnodedown  # noqa: F401
@@ -29,7 +30,10 @@ collect_ignore_glob = [] if NVCC else ["test_cuda_*.py", "ptxrun/*"]
 
 
 # Begun first, since xdist gives a file to one process: the last one to begin is what the others wait for.
-LONGEST = ("train", "distributed", "examples", "op_sgd_step", "search", "compact", "bench", "integrations", "export")
+LONGEST = (
+    *("train", "distributed", "examples", "op_sgd_step", "search", "compact", "bench", "integrations", "export"),
+    *("random_networks", "random_networks_recipes"),
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -94,6 +98,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if not expression or _selects(expression, {*own, *(mark.name for mark in parameter.marks)})
         ]
         metafunc.parametrize("implementation", selected, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For many small tensors, whose ops are too short to be shared, and for tests that compare bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

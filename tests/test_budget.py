@@ -1,7 +1,6 @@
 """A run with ``--minutes`` ends in time, says what it leaves out, and is otherwise the run that it would be."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,7 @@ from fastprune.data import ImageData
 from fastprune.recipes import RECIPES, parse
 from fastprune.trainer import Trainer
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

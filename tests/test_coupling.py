@@ -110,18 +110,3 @@ def test_scores_of_a_stream_are_the_mean_of_its_writers() -> None:
     assert masks["a"].tolist() == masks["b"].tolist() == [True, False, False, False]
     masks = FilterPruner(Residual().requires_grad_(False), 0.5, every=1, ignore=["b"], **both).masks()
     assert list(masks) == ["a"]
-
-
-def test_a_model_that_cannot_be_traced_is_left_as_it_was() -> None:
-    class Deciding(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 1)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv(x) if x.sum() > 0 else x
-
-    model = Deciding()
-    with pytest.raises(ValueError, match="cannot be traced"):
-        FilterPruner(model, 0.5, example_input=IMAGES)
-    assert type(model.conv) is nn.Conv2d

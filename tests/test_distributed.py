@@ -43,6 +43,8 @@ from fastprune.sync_batchnorm import SyncBatchNorm2d, synchronise_batchnorms
 from fastprune.train import CHECKPOINT, MODEL, main
 from fastprune.trainer import Trainer, TrainingError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Two processes differ from one by the order of summation. In float64 that is 3e-14 of a tensor's norm after two epochs
 # (measured, at most 3e-13 over ten seeds), and in no mask. In float32 it is 4e-6 after a step; then it happens that
 # rounding decides on a ReLU or a mask, and they part as runs on two machines do.
@@ -54,14 +56,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     started = Processes(tmp_path_factory.mktemp("processes"))
     yield started
     started.close()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def small_images() -> ImageData:

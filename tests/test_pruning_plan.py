@@ -224,6 +224,13 @@ def test_of_a_model_that_cannot_be_traced_no_output_layer_is_known() -> None:
     assert said.endswith("and prunes all of them: list the output layers (heads, classifiers) in ignore")
 
 
+def test_a_model_that_cannot_be_traced_is_left_as_it_was() -> None:
+    model = Deciding()
+    with pytest.raises(ValueError, match="cannot be traced"):
+        FilterPruner(model, 0.5, example_input=IMAGES)
+    assert type(model.conv) is nn.Conv2d
+
+
 # ---- wrappers ----
 
 

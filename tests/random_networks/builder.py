@@ -82,7 +82,7 @@ class Draft:
         """A tensor of so many dimensions, or of any: often the last one; made of an image where there is none."""
         if not dims:
             dims = (2, 3, 4) if self.rng.random() < 0.3 else (4,)
-        found = [name for name in self.values if self.values[name].dim() in dims]
+        found = [name for name, value in self.values.items() if value.dim() in dims]
         found = found[1:] or found  # rather not the input
         if not found:
             return self.converted(self.value(4), self.rng.choice(dims))

@@ -23,6 +23,7 @@ KNOWN = frozenset(
 # A function that fastprune no longer knows is left out; one that it knows anew is missing.
 _ALL = [*LAYERS, *computing(KNOWN), *(r for r in FUNCTIONAL if r.kind in KNOWN), *moving(KNOWN), *FORMS]
 RECIPES: dict[str, Recipe] = {r.kind: r for r in _ALL}
+_LAST = "form.spread"  # of every tenth network, beside the turns: what it is to show, nothing may read but its own
 _ONLY_FIRST = ("form.second_input", "form.optional_input", "form.number_input")
 _TURNS = 8  # kinds whose turn it is in one network
 
@@ -33,6 +34,8 @@ def missing() -> list[str]:
 
 
 def _times(recipe: Recipe) -> int:
+    if recipe.kind == _LAST:
+        return 0
     more = len(recipe.options) > 2 or recipe.weight > 1 or recipe.kind in _ONLY_FIRST
     return 1 + more + (recipe.weight >= 4) + (len(recipe.options) > 4)
 
@@ -63,6 +66,8 @@ def draw(seed: int) -> Program:
             _take_turn(draft, RECIPES[kind])
         if place % 4 == 0:
             _follow(draft)
+    if seed % 10 == 9:
+        draft.attempt(RECIPES[_LAST])
     return draft.program(_finish(draft))
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from fastprune import channel_rules, channels, graph, in_place, layer_kinds, shrink, tracer
 from fastprune.channel_state import Channels
 from fastprune.inputs import positional
+from fastprune.keep import Selected
 
 from .checks import check
 from .draw import draw
@@ -93,6 +94,26 @@ def _first_input_only(own: Wrapper, self: Any, model: nn.Module, example_input: 
     own(self, model, None if example_input is None else positional(example_input)[:1])
 
 
+def _sizes(read: Any, group: int) -> tuple[Any, Any]:
+    """The positions of a group's channels, and the sizes of their constants; 0 for one that is computed."""
+    each = len(read.channels.ids) // read.groups
+    span = np.arange(group * each, (group + 1) * each)
+    return span, np.abs(np.nan_to_num(read.channels.constants[span]))
+
+
+def _least_carrier(self: Selected, read: Any, group: int = 0) -> int | None:
+    span, sizes = _sizes(read, group)
+    stay = np.isin(span, self.index(read.channels)) & (sizes > 0)
+    return int(span[np.where(stay, sizes, np.inf).argmin()]) if stay.any() else None
+
+
+def _keep_least(self: Selected, read: Any, group: int) -> None:
+    span, sizes = _sizes(read, group)
+    if sizes.any():
+        least = span[np.where(sizes > 0, sizes, np.inf).argmin()]
+        self._keep(self.analysis.root(int(read.channels.ids[least])), "carries constants")
+
+
 def _without_alpha(own: Wrapper, found: Any, node: Any) -> Any:
     given = node.kwargs
     node.kwargs = {name: value for name, value in given.items() if name != "alpha"}
@@ -148,6 +169,9 @@ FAULTS: dict[str, Callable[[], Any]] = {
     "the report says that nothing is kept of what stays whole": _wrapped(compacting, "_change", _nothing_kept),
     "biases are frozen as their weights": _wrapped(shrink, "_filled", _flag_of_weight),
     "a second input with a default is dropped": _wrapped(tracer.Settled, "__init__", _first_input_only),
+    "the least constant carries the others": lambda: patch.multiple(
+        Selected, carrier=_least_carrier, _keep_a_carrier=_keep_least
+    ),
     "alpha of a sum is forgotten": _wrapped(channel_rules, "_combined", _without_alpha),
     "PReLU leaves constants as they are": _listed("_IDENTITIES", nn.PReLU),
     "groups are forgotten": _wrapped(channel_rules, "_convolution", _one_group),

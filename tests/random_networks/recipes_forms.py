@@ -257,6 +257,15 @@ def _alias(draft: Draft) -> None:
     draft.let(f"{draft.layer(f'nn.Conv2d({draft.shape(x)[1]}, {width}, 1)')}({tap})")
 
 
+def _spread(draft: Draft) -> None:
+    """Constants of very different sizes, the least of which float32 does not know well, read by a padded layer."""
+    width = draft.rng.randint(4, 8)
+    x = draft.value(4)
+    x = draft.let(f"{draft.layer(f'nn.Conv2d({draft.shape(x)[1]}, {width}, 1)')}({x})")
+    y = draft.let(f"functional.gelu({draft.let(f'{x} * 6 - 4')})")
+    draft.let(f"{draft.layer(f'nn.Conv2d({width}, 3, 3, padding=1)')}({y})")
+
+
 def _head(draft: Draft) -> None:
     x = draft.value(4)
     pools = {"functional.adaptive_avg_pool2d({x}, (1, 1))": 1, "{x}.mean((2, 3), keepdim=True)": 1}
@@ -328,6 +337,7 @@ FORMS: list[Recipe] = [
     Recipe("form.dense", _dense, weight=2.0),
     Recipe("form.preactivation", _preactivation, weight=2.0, refusable=WRITES),
     Recipe("form.alias", _alias, refusable=WRITES),
+    Recipe("form.spread", _spread),
     Recipe("form.head", _head, weight=2.0),
     Recipe(
         "form.average_pool_one",

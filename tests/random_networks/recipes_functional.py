@@ -149,7 +149,7 @@ def _linear(draft: Draft) -> None:
 
 def _shuffle(kind: str, argument: str) -> Recipe:
     def make(draft: Draft) -> None:
-        x = fit_for_shuffle(draft, draft.value(4), "un" in kind)
+        x = fit_for_shuffle(draft, draft.value(4), "unshuffle" in kind)
         draft.let(call_of(kind, x, draft, {argument: "2"}, {}))
 
     return Recipe(kind, make, (argument,), 2.0)
@@ -221,7 +221,6 @@ FUNCTIONAL: list[Recipe] = [
         ("size", "scale_factor", "mode", "align_corners", "antialias", "recompute_scale_factor"),
         4.0,
     ),
-    _simple("functional.pixel_shuffle", (4,), lambda d, s: {"upscale_factor": "2"}, lambda s: {}, ("upscale_factor",)),
     _simple("functional.channel_shuffle", (4,), lambda d, s: {"groups": _groups_of(s, d)}, lambda s: {}, ("groups",)),
     Recipe("functional.scaled_dot_product_attention", _attention, ("key", "value", "scale", "is_causal", "attn_mask")),
 ]
