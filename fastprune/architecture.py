@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .channel_rules import is_followed
+from .graph import TAKEN
 from .inputs import KEY
 from .layer_kinds import ATTRIBUTES, DTYPES, FUNCTIONS, METHODS, MODULES, WORDS, is_number, kind_of
 from .nn import MaskedConv2d, mask_convolutions
@@ -30,7 +31,6 @@ _DEEPEST = 20  # lists in lists, modules in modules
 _LONGEST = 64  # characters of a node's name
 _PART = re.compile(r"[A-Za-z0-9_-]{1,200}")  # no quotes: names become code of the graph
 _FUNCTION_NAMES = {function: name for name, function in reversed(FUNCTIONS.items())}
-_TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph())))  # what a module's name would hide
 
 
 class ArchitectureError(ValueError):
@@ -205,7 +205,7 @@ def _check_paths(paths: list[str]) -> None:
     containers: set[str] = set()
     for path in paths:
         parts = path.split(".")
-        if len(parts) > _DEEPEST or any(not _PART.fullmatch(p) or p.startswith("__") or p in _TAKEN for p in parts):
+        if len(parts) > _DEEPEST or any(not _PART.fullmatch(p) or p.startswith("__") or p in TAKEN for p in parts):
             raise ArchitectureError(f"{path[:100]!r} cannot be the name of a module")
         containers.update(".".join(parts[:depth]) for depth in range(1, len(parts)))
     if len(containers) > 4 * len(paths) + _DEEPEST:

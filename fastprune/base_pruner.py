@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .nn import MaskedConv2d
-from .pruning_plan import explain_missing_masks, unmask
+from .nn import MaskedConv2d, along_filters, unmask_
+from .pruning_plan import explain_missing_masks
 from .pruning_report import LayerReport, PruningReport
 from .pruning_schedule import Ramp, is_due, next_due, risen, why_never
 
@@ -196,7 +196,12 @@ class Pruner:
         Args:
             bake: whether pruned weights become 0; False keeps the dense weights.
         """
-        unmask(self.layers.values(), bake)
+        with torch.no_grad():
+            for layer in self.layers.values():
+                if isinstance(layer, MaskedConv2d):  # else another pruner of the same model has been here
+                    if bake:
+                        layer.weight.masked_fill_(~along_filters(layer.mask, layer.weight), 0)
+                    unmask_(layer)
         self._hook.remove()
         vars(self).clear()
         self.__class__ = _Removed

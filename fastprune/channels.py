@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .channel_rules import is_convolution, is_depthwise, is_norm, result_of
+from .channel_rules import is_convolution, is_depthwise, is_followed, is_norm, result_of
 from .channel_state import Analysis, Channels, Ids, Read, Sum, Values
-from .graph import shape
-from .nn import MaskedConv2d
+from .graph import read_by_forward, shape
+from .nn import MaskedConv2d, along_filters
 
 __all__ = ["Analysis", "Channels", "Ids", "Read", "Sum", "Values", "analyse", "effective_weights", "is_layer"]
-__all__ += ["is_convolution", "is_depthwise", "is_norm"]
+__all__ += ["is_convolution", "is_depthwise", "is_norm", "why_whole"]
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -36,8 +36,7 @@ def effective_weights(network: fx.GraphModule, masks: Mapping[str, Tensor]) -> d
             weight = module.weight.detach()
             mask = masks.get(name, module.mask if isinstance(module, MaskedConv2d) else None)
             if mask is not None:
-                rows = mask if mask.dim() == weight.dim() else mask.view(-1, *[1] * (weight.dim() - 1))
-                weight = torch.where(rows, weight, 0)
+                weight = torch.where(along_filters(mask, weight), weight, 0)
             found[name] = weight
     return found
 
@@ -80,8 +79,18 @@ def _shared(network: fx.GraphModule) -> set[str]:
     tied = {name for names in owners.values() if len(names) > 1 for name in names}
     calls = Counter(str(node.target) for node in nodes if node.op == "call_module")
     twice = {name for name, count in calls.items() if count > 1 and network.get_submodule(name).state_dict()}
-    read = {str(node.target).rpartition(".")[0] for node in nodes if node.op == "get_attr"}
-    return (tied | twice | read) - {""}
+    return (tied | twice | read_by_forward(network.graph)) - {""}
+
+
+def why_whole(found: Analysis, node: fx.Node) -> str:
+    """Why a node needs every channel that it reads, and writes all of its own."""
+    if node.op == "output":
+        return "writes the output"
+    if node.target in found.shared:
+        return f"{node.target} serves more than once"
+    if node.op == "call_module" and not is_followed(found.network.get_submodule(str(node.target))):
+        return f"{node.target} has a hook or a forward of its own"
+    return f"read whole by {node.target if isinstance(node.target, str) else node.name}"
 
 
 def _forget_what_nobody_needs(found: Analysis) -> None:

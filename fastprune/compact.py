@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 from . import onednn
 from .channels import analyse, effective_weights, is_depthwise, is_layer
 from .compact_report import CompactReport, LayerChange
-from .graph import trace
+from .graph import read_by_forward, trace
 from .inputs import positional
 from .keep import Selected
 from .nn import MaskedConv2d
@@ -115,7 +115,8 @@ def compact(
         raise ValueError(f"round_to must be an integer of at least 1, got {round_to!r}")
     if exact and recalibrate is not None:
         raise ValueError("recalibrate takes statistics anew, which is not exact: it is for exact=False")
-    network = trace(model, positional(example_input))
+    positional(example_input)  # None is no example here
+    network = trace(model, example_input)
     _check_masks(model, network, masks or {})
     weights = effective_weights(network, masks or {})
     _check_weights(network, weights)
@@ -144,7 +145,7 @@ def compact(
 
 def _check_masks(model: nn.Module, network: fx.GraphModule, masks: Mapping[str, Tensor]) -> None:
     modules = {**dict(model.named_modules()), **dict(network.named_modules())}  # some of which the forward may not call
-    read = {str(node.target).rpartition(".")[0] for node in network.graph.nodes if node.op == "get_attr"}
+    read = read_by_forward(network.graph)
     for name, mask in masks.items():
         if name not in modules or not is_layer(modules[name]):
             kind = f"a {type(modules[name]).__name__}" if name in modules else "no layer of this model"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .graph import quiet
 from .inputs import check_placed, positional, told
 from .nn import MaskedConv2d
 from .op_counter import OpCounter
@@ -107,7 +108,7 @@ def cost(model: nn.Module, example_input: Any, masked: bool = True) -> Cost:
     with _counting(model, counter), fake, counter:
         counter.start(tree_leaves(fake_inputs))
         try:
-            with untouched(model):
+            with untouched(model), quiet():
                 output = torch.func.functional_call(model, state, fake_inputs)
         except Exception as error:  # the model's own code runs: anything may come
             said = f"{type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .channels import Analysis, Ids, Read, analyse, effective_weights
+from .channels import Analysis, Ids, Read, analyse, effective_weights, why_whole
 from .graph import trace
 
 __all__ = ["Coupling", "Written", "written_channels"]
@@ -49,7 +48,6 @@ def written_channels(model: nn.Module, example_input: Tensor | tuple[Any, ...]) 
     weights = {name: torch.ones_like(weight) for name, weight in effective_weights(network, {}).items()}
     analysis = analyse(network, weights)
     modules = dict(network.named_modules())
-    calls = Counter(node.target for node in network.graph.nodes if node.op == "call_module")
     # Of several readers the last is named: the output, where it is one of them.
     whole = {
         int(root): read for read in analysis.reads if read.how == "all" for root in analysis.roots(read.channels.ids)
@@ -60,25 +58,22 @@ def written_channels(model: nn.Module, example_input: Tensor | tuple[Any, ...]) 
         if node.op == "call_module" and isinstance(modules[name], nn.Conv2d):
             ids = analysis.roots(channels.ids)
             readers = [whole.get(root) for root in ids.tolist()]
-            why = {_why(analysis, read, name, calls[node.target]): None for read in readers if read is not None}
+            why = {_why(analysis, read, name): None for read in readers if read is not None}
             removable = np.array([read is None for read in readers], np.bool_)
             found[name] = Written(ids, removable, ", ".join(why))
     return found
 
 
-def _why(analysis: Analysis, read: Read, layer: str, calls: int) -> str:
+def _why(analysis: Analysis, read: Read, layer: str) -> str:
     """Why a channel that a layer writes stays: who needs every one of its channels, or makes it so."""
     node = read.node
-    if node.op == "output":
-        return "writes the output"
     if node.op == "placeholder":
         return "tied to the input"
-    name = node.target if isinstance(node.target, str) else node.name
-    if name == layer:
-        return f"called {calls} times" if calls > 1 else "compact() cannot follow it"
-    if analysis.results.get(node) is read.channels:
-        return f"added to what {name} writes"
-    return f"read whole by {name}"
+    if node.target == layer and layer not in analysis.shared:
+        return "compact() cannot follow it"
+    if node.target != layer and analysis.results.get(node) is read.channels:
+        return f"added to what {node.target if isinstance(node.target, str) else node.name} writes"
+    return why_whole(analysis, node)
 
 
 class Coupling:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .channels import effective_weights
-from .graph import shape, trace
+from .graph import read_by_forward, shape, trace
 from .inputs import one_batch
-from .nn import MaskedConv2d
+from .nn import MaskedConv2d, unmask_
 
 __all__ = ["MissingPackageError", "onnx_bytes", "onnx_session", "pt2_bytes", "require", "without_masks"]
 
@@ -35,15 +35,21 @@ def without_masks(model: nn.Module, example_input: Any = None) -> fx.GraphModule
     """Return the model in eval mode, with zeros in the weights where its masks were: ordinary convolutions only.
 
     Raises:
-        ValueError: for a model that cannot be traced, or does not run on the example input, if there is one.
+        ValueError: for a model that cannot be traced, or does not run on the example input, if there is one, and for a
+            masked convolution whose weight the forward also reads by itself.
     """
     network = copy.deepcopy(trace(model, example_input))
+    read = read_by_forward(network.graph)
     for name, weight in effective_weights(network, {}).items():
         module = network.get_submodule(name)
         if isinstance(module, MaskedConv2d):
-            module.weight.copy_(weight)
-            del module.mask, module.feedback
-            module.__class__ = nn.Conv2d  # type: ignore[assignment]
+            if name in read:
+                raise ValueError(
+                    f"{name} is masked, and the forward also reads its weight by itself, which no mask reaches: call "
+                    f"pruner.remove() before the export"
+                )
+            module.weight = nn.Parameter(weight, module.weight.requires_grad)  # its own: it may have been tied
+            unmask_(module)
     return network.eval()
 
 

@@ -14,11 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from .in_place import redirect_readers
+from .inputs import check_placed, told
 from .torchvision_layers import stochastic_depth
 from .tracer import Settled, Tracer, is_drop_path, place_of, types_told, with_constants
 from .untouched import untouched
 
-__all__ = ["shape", "trace", "trace_as_is"]
+__all__ = ["TAKEN", "quiet", "read_by_forward", "shape", "trace", "trace_as_is"]
 
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     functional.dropout: nn.Dropout,
@@ -35,7 +36,7 @@ _LAYERS: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     functional.layer_norm: (nn.LayerNorm, ("normalized_shape", "weight", "bias", "eps")),
 }
 
-_TAKEN = set(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - set(dir(nn.Module()))
+TAKEN = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))  # what a part's name would hide
 
 # A builtin, which has no signature of its own.
 _LINEAR = inspect.signature(lambda input, weight, bias=None: None)
@@ -64,6 +65,7 @@ def trace(model: nn.Module, example_input: Any = None) -> fx.GraphModule:
             memory that is read in another way; or if the example is not what it takes.
     """
     settled = Settled(model, example_input)
+    check_placed(model, example_input)
     modes = {module: module.training for module in model.modules()}
     graphs = []
     for training in (True, False):
@@ -95,6 +97,11 @@ def shape(node: fx.Node) -> torch.Size | None:
     return found if isinstance(found, torch.Size) else None
 
 
+def read_by_forward(graph: fx.Graph) -> set[str]:
+    """The modules whose parameters or buffers the forward reads by itself; "" for the model's own."""
+    return {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+
+
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
@@ -111,21 +118,17 @@ def _propagate_shapes(traced: fx.GraphModule, settled: Settled) -> None:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         fake = [pytree.tree_map_only(Tensor, mode.from_tensor, value) for value in settled.examples]
-        with untouched(traced), _quiet(), mode, torch.no_grad():
+        with untouched(traced), quiet(), mode, torch.no_grad():
             _Shapes(traced).run(*fake)
     except Exception as error:  # layers say in many ways that an input does not fit
-        tensors = [leaf for leaf in pytree.tree_leaves(settled.examples) if isinstance(leaf, Tensor)]
-        shapes = [f"{list(x.shape)} ({x.dtype}, {x.device})" for x in tensors]
-        first = next(iter(settled.model.parameters()), None)
-        own = "" if first is None else f"; its first weight is {first.dtype} on {first.device}"
         raise ValueError(
-            f"{type(settled.model).__name__} does not run on an example_input of {', '.join(shapes)}{own}: "
+            f"{type(settled.model).__name__} does not run on the example input {told(settled.examples)}: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch prints the traceback of what does not fit, beside raising it."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was = logger.disabled
@@ -166,7 +169,7 @@ class _Rewriter:
 
     def __init__(self, model: nn.Module, settled: Settled) -> None:
         self.modules, self.training = dict(model.named_modules()), model.training
-        hidden = {*model._modules, *model._parameters, *model._buffers} & _TAKEN
+        hidden = {*model._modules, *model._parameters, *model._buffers} & TAKEN
         if hidden:
             raise ValueError(
                 f"{type(model).__name__} has parts named {', '.join(sorted(hidden))}, which torch.fx's graph modules "
@@ -197,7 +200,7 @@ class _Rewriter:
         norms = {str(node.target) for node in graph.nodes if self._keeps_statistics(node)}
         graph.eliminate_dead_code()
         lost = norms - {str(node.target) for node in graph.nodes if node.op == "call_module"}
-        if lost := lost & {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}:
+        if lost := lost & read_by_forward(graph):
             raise ValueError(f"{name} cannot be traced: {min(lost)} is called for its statistics alone, which it reads")
         self._forget_what_nobody_reads()
         graph.lint()

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from .layer_kinds import FUNCTIONS, METHODS, kind_of
-from .tracer import place_of
+from .tracer import asks_for_size, place_of
 
 __all__ = ["redirect_readers"]
 
@@ -44,7 +44,6 @@ _VIEWING_MODULES = (
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle),
 )
 _OVERLAPPING = {"expand", "expand_as", "broadcast_to", torch.broadcast_to, "as_strided", torch.as_strided, "unfold"}
-_NUMBERS = {"size", "dim", "numel", "stride", "ndimension", "nelement", "element_size", "is_floating_point"}
 _FRESH = {id(function): name.rpartition(".")[2] not in _VIEWS for name, function in FUNCTIONS.items()}
 
 # Part of a tensor's memory: the node that made it, and which part of what is taken at each split on the way.
@@ -102,7 +101,7 @@ class _Writers:
             if root.op == "get_attr":
                 _refuse(node, f"writes to {root.target}, which belongs to the model")
             for other in self.sharing[root]:
-                readers = [user for user in other.users if order[user] > order[node] and not _asks_for_size(user)]
+                readers = [user for user in other.users if order[user] > order[node] and not asks_for_size(user)]
                 if other not in (target, node) and readers and self._overlap(other, target):
                     _refuse(
                         node,
@@ -143,7 +142,7 @@ class _Writers:
 
     def _is_immutable(self, node: fx.Node) -> bool:
         """Whether it is a number, or a tuple: `h += 1` writes to none."""
-        if _asks_for_size(node) or _is_split(node):
+        if asks_for_size(node) or _is_split(node):
             return True
         if node.op != "call_function" or node.target is getattr:
             return False
@@ -186,10 +185,6 @@ def _are_apart(first: _Path, second: _Path) -> bool:
     return any(
         step is same and part != other and (part < 0) == (other < 0) for step, part in first for same, other in second
     )
-
-
-def _asks_for_size(node: fx.Node) -> bool:
-    return node.target in _NUMBERS or (node.target is getattr and node.args[1] in ("shape", "ndim"))
 
 
 def _is_in_place(name: str) -> bool:

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from .channel_rules import is_followed
-from .channels import Analysis, Channels, Ids, Read, Sum, is_layer
+from .channels import Analysis, Channels, Ids, Read, Sum, is_layer, why_whole
 
 __all__ = ["Selected"]
 
@@ -61,18 +60,9 @@ class Selected:
     def _keep_what_is_needed(self, read: Read) -> None:
         computed = np.isnan(read.channels.constants)
         needed = computed & self._weighed(read) if read.how != "all" else np.ones_like(computed)
-        why = self._why_whole(read.node) if read.how == "all" else f"not constant for {read.node.target}"
+        why = why_whole(self.analysis, read.node) if read.how == "all" else f"not constant for {read.node.target}"
         for root in self.analysis.roots(read.channels.ids[needed]).tolist():
             self._keep(root, why)
-
-    def _why_whole(self, node: fx.Node) -> str:
-        if node.op == "output":
-            return "the output"
-        if node.target in self.analysis.shared:
-            return f"{node.target} serves more than once"
-        if node.op == "call_module" and not is_followed(self.analysis.network.get_submodule(str(node.target))):
-            return f"{node.target} has a hook"
-        return f"read whole by {node.target if isinstance(node.target, str) else node.name}"
 
     def _weighed(self, read: Read) -> NDArray[np.bool_]:
         """Which channels a layer multiplies by weights that are not 0 all: those of groups with a filter."""

@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from .architecture import ArchitectureError, build, describe, tensors_of
 from .checkpoint import CheckpointError, plain, read_sealed, write_sealed
 from .graph import trace
-from .inputs import check_placed, is_described, positional, zeros
 from .inputs import describe as describe_inputs
+from .inputs import is_described, positional, zeros
 
 __all__ = ["NetworkFileError", "example_inputs", "is_network_file", "load", "save"]
 
@@ -57,12 +57,11 @@ def save(
         OSError: where writing fails; what was there before stays as it was.
     """
     inputs: list[Any] = []
-    given = () if example_input is None else example_input
-    if not isinstance(given, tuple) or given:
-        given = positional(example_input)
-        check_placed(model, example_input)
-        inputs = describe_inputs(example_input)
-    network = trace(model, given or None)
+    example = None if isinstance(example_input, tuple) and not example_input else example_input
+    if example is not None:
+        positional(example)
+        inputs = describe_inputs(example)
+    network = trace(model, example)
     try:
         tensors = _storable(tensors_of(network))
         architecture = describe(network)

@@ -108,7 +108,7 @@ def masked_weight(weight: Tensor, mask: Tensor, feedback: Tensor | None) -> Tens
         scale = None if feedback is None else feedback.float()
         return ops.masked_weight(weight, mask, dtype, scale)
     # What is exported has no op of ours, so that ONNX can say it and it runs without fastprune.
-    mask, feedback = _along_filters(mask, weight), None if feedback is None else _along_filters(feedback, weight)
+    mask, feedback = along_filters(mask, weight), None if feedback is None else along_filters(feedback, weight)
     dropped = torch.where(mask, 0, weight)
     # What is dropped is dropped in value only; its gradient is let through by the share `feedback`.
     if feedback is None:
@@ -117,7 +117,7 @@ def masked_weight(weight: Tensor, mask: Tensor, feedback: Tensor | None) -> Tens
     return (torch.where(mask, weight, 0) + through * feedback.to(weight.dtype)).to(dtype)
 
 
-def _along_filters(values: Tensor, weight: Tensor) -> Tensor:
+def along_filters(values: Tensor, weight: Tensor) -> Tensor:
     """``[F]`` shaped to broadcast over the weight; others as they are."""
     return values.view(-1, *[1] * (weight.dim() - 1)) if values.dim() == 1 else values
 
@@ -328,6 +328,17 @@ def mask_convolutions(
             "ignore and include leave no Conv2d to mask" if left_out else "the model has no Conv2d to mask"
         )
     return found
+
+
+def unmask_(layer: nn.Conv2d) -> None:
+    """Make an ordinary convolution of a masked one, in place, with its dense weight; another layer stays as it is."""
+    if isinstance(layer, MaskedConv2d):
+        for name in ("mask", "feedback"):
+            del layer._buffers[name]
+        layer._non_persistent_buffers_set.discard("feedback")
+        for name in ("kept", "_feedback_value"):
+            vars(layer).pop(name, None)
+        layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def _check_maskable(name: str, module: nn.Conv2d) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 from torch.nn import functional
 
 from .graph import trace_as_is
+from .tracer import asks_for_size
 
 __all__ = ["output_layers"]
 
@@ -32,7 +33,7 @@ def output_layers(model: nn.Module) -> set[str]:
     pending, seen = [node for node in network.graph.nodes if node.op == "output"], set()
     while pending:
         node = pending.pop()
-        if node in seen or _is_about_shapes(node) or node.target in _MIXING_FUNCTIONS:
+        if node in seen or asks_for_size(node) or node.target in _MIXING_FUNCTIONS:
             continue
         seen.add(node)
         module = modules.get(str(node.target)) if node.op == "call_module" else None
@@ -41,9 +42,3 @@ def output_layers(model: nn.Module) -> set[str]:
         if not isinstance(module, _MIXING_MODULES):
             pending.extend(node.all_input_nodes)
     return found
-
-
-def _is_about_shapes(node: fx.Node) -> bool:
-    if node.op == "call_method":
-        return node.target in ("size", "dim")
-    return node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device")

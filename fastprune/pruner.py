@@ -13,9 +13,10 @@ from .batchnorms import following_batchnorms
 from .coupling import Coupling
 from .importance import ORDS, Importance
 from .nn import MaskedWeights, State, state_of
-from .pruning_plan import check_alike, plan, unchanged_on_error, unwrapped
+from .pruning_plan import check_alike, plan, unwrapped
 from .pruning_schedule import Ramp, check_schedule, ramp_length
 from .selection import Scope, Selection
+from .untouched import unchanged_on_error
 from .weight_pruner import WeightPruner
 
 __all__ = ["FilterPruner", "Pruner", "WeightPruner"]

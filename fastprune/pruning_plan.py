@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -178,45 +176,6 @@ def _output_layers(model: nn.Module) -> set[str]:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=6)  # where FilterPruner is called
-
-
-@contextmanager
-def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo what the block has done to the model's convolutions if it raises."""
-    before = [
-        (module, module.__class__, dict(vars(module)), dict(module._buffers), set(module._non_persistent_buffers_set))
-        for module in model.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, kind, attributes, buffers, not_saved in before:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-            module._non_persistent_buffers_set.clear()
-            module._non_persistent_buffers_set.update(not_saved)
-        raise
-
-
-@torch.no_grad()
-def unmask(layers: Iterable[nn.Conv2d], bake: bool) -> None:
-    """Turn masked convolutions back into ordinary ones in place, their masks applied to the weights or forgotten."""
-    for layer in layers:
-        if not isinstance(layer, MaskedConv2d):  # another pruner of the same model has been here
-            continue
-        if bake:
-            mask = layer.mask if layer.mask.dim() > 1 else layer.mask.view(-1, *[1] * (layer.weight.dim() - 1))
-            layer.weight.masked_fill_(~mask, 0)
-        for name in ("mask", "feedback"):
-            del layer._buffers[name]
-        layer._non_persistent_buffers_set.discard("feedback")
-        for name in ("kept", "_feedback_value"):
-            vars(layer).pop(name, None)
-        layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def explain_missing_masks(model: nn.Module, keys: Any) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from .channels import is_convolution, is_depthwise, is_layer, is_norm
+from .graph import read_by_forward
 from .keep import Selected
-from .nn import MaskedConv2d
+from .nn import MaskedConv2d, unmask_
 
 __all__ = ["Origins", "Shrunk", "is_channels_last"]
 
@@ -44,18 +45,14 @@ class Shrunk:
     def _masked_for_good(self) -> nn.Module | None:
         """A layer as large as before, with zeros where its mask has them; None for one that has no mask."""
         name = str(self.node.target)
-        read_by_forward = any(
-            n.op == "get_attr" and str(n.target).startswith(f"{name}.") for n in self.node.graph.nodes
-        )
-        if not is_layer(self.module) or read_by_forward:  # the forward reads the dense weight, or the mask
+        if not is_layer(self.module) or name in read_by_forward(self.node.graph):  # the dense weight, or the mask
             return None
         weight, own = self.selected.analysis.weights[name], _weight_of(self.module)
         if type(self.module) is not MaskedConv2d and weight.data_ptr() == own.data_ptr():
             return None
         made = copy.deepcopy(self.module)
-        if isinstance(made, MaskedConv2d):
-            del made.mask, made.feedback
-            made.__class__ = nn.Conv2d  # type: ignore[assignment]
+        if isinstance(made, nn.Conv2d):
+            unmask_(made)
         made.weight = nn.Parameter(weight.clone(), own.requires_grad)
         return made
 

@@ -23,7 +23,7 @@ from .nn import MaskedConv2d
 from .scatter import Scatter
 from .torchvision_layers import is_frozen_batch_norm, is_stochastic_depth
 
-__all__ = ["Settled", "Tracer", "is_drop_path", "place_of", "types_told", "with_constants"]
+__all__ = ["Settled", "Tracer", "asks_for_size", "is_drop_path", "place_of", "types_told", "with_constants"]
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _INPUT = object()
@@ -151,13 +151,6 @@ def _example_of(proxy: fx.Proxy) -> Any:
     return proxy.tracer.settled.example_of(proxy.node) if isinstance(proxy.tracer, Tracer) else None
 
 
-def _is_size(node: fx.Node) -> bool:
-    source = node.args[0] if node.target is operator.getitem else node
-    return isinstance(source, fx.Node) and (
-        source.target == "size" or (source.target is getattr and source.args[1] in ("shape", "ndim"))
-    )
-
-
 def _recorded(function: Any) -> Any:
     return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
 
@@ -233,6 +226,19 @@ class Tracer(fx.Tracer):
             name += "_"
         self.constants[name] = tensor
         return name
+
+
+_SIZES = {"size", "dim", "numel", "stride", "ndimension", "nelement", "element_size", "is_floating_point"}
+
+
+def asks_for_size(node: fx.Node) -> bool:
+    """Whether its result says something of a tensor, and nothing of what is in it."""
+    return node.target in _SIZES or (node.target is getattr and node.args[1] in ("shape", "ndim", "dtype", "device"))
+
+
+def _is_size(node: fx.Node) -> bool:
+    source = node.args[0] if node.target is operator.getitem else node
+    return isinstance(source, fx.Node) and asks_for_size(source)
 
 
 def is_drop_path(module: nn.Module) -> bool:

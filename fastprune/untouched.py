@@ -1,4 +1,4 @@
-"""A model is left as it was, whatever its forward or its hooks set on its modules."""
+"""A model is left as it was: whatever its forward or its hooks set on its modules, or after an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["untouched"]
+__all__ = ["unchanged_on_error", "untouched"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 
@@ -21,16 +21,45 @@ def untouched(model: nn.Module) -> Iterator[list[str]]:
         Filled when this ends: the names of the tensors and numbers that were replaced by others. What was None or not
         there before is not counted: it is kept for somebody else to look at.
     """
-    before = [(name, module, dict(vars(module)), _contents(module)) for name, module in model.named_modules()]
-    changed: list[str] = []
+    before, changed = _Attributes(model), list[str]()
     try:
         yield changed
     finally:
-        for path, module, attributes, contents in before:
+        changed += before.changed()
+        before.restore()
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Put back the classes and the attributes of all modules if the block raises."""
+    before = _Attributes(model)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
+
+
+class _Attributes:
+    """Those of all modules of a model as they are now, and their classes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [(path, own, type(own), dict(vars(own)), _contents(own)) for path, own in model.named_modules()]
+
+    def changed(self) -> list[str]:
+        """The tensors and numbers that are others by now."""
+        found = []
+        for path, module, _, attributes, contents in self._modules:
             own = {name: attributes[name] for name in attributes if name != "training"}
             tables = [(own, vars(module)), *((contents[id(attributes[t])][1], attributes[t]) for t in _TABLES)]
             for was, now in tables:
-                changed += [f"{path}.{name}".lstrip(".") for name in was if _differs(was[name], now.get(name))]
+                found += [f"{path}.{name}".lstrip(".") for name in was if _differs(was[name], now.get(name))]
+        return found
+
+    def restore(self) -> None:
+        for _, module, kind, attributes, contents in self._modules:
+            if type(module) is not kind:
+                module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
             for container, content in contents.values():

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .base_pruner import Pruner
-from .pruning_plan import check_alike, plan, unchanged_on_error
+from .pruning_plan import check_alike, plan
 from .pruning_schedule import check_schedule
+from .untouched import unchanged_on_error
 
 
 class WeightPruner(Pruner):

@@ -228,7 +228,7 @@ IMAGE = torch.zeros(1, 3, 8, 8)
         ),
         ({"image": IMAGE}, "the example input is {'image': float32"),
         (None, "the example input is None"),
-        (torch.zeros(1, 4, 8, 8), r"does not run on an example_input of \[1, 4, 8, 8\]"),
+        (torch.zeros(1, 4, 8, 8), r"does not run on the example input float32 \[1, 4, 8, 8\] on cpu"),
         (IMAGE.to("meta"), "example_input is on meta and the model on cpu"),
     ],
     ids=["two", "dict", "none", "shape", "device"],
@@ -266,3 +266,28 @@ def test_a_file_of_a_network_with_two_inputs_becomes_another_and_nothing_else(
     assert main([str(source), "--format", "onnx"]) == 1
     assert main([str(source), "--format", "safetensors", "--check"]) == 1
     assert capsys.readouterr().err.count("are of models that take one tensor [B, ...]; the example input is (") == 2
+
+
+class Reading(nn.Module):
+    """Multiplies by a weight of a convolution that is masked, and ties another to it."""
+
+    def __init__(self, reads: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.b.weight = self.a.weight
+        self.reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.b(self.a(x))
+        return x * self.a.weight.mean() if self.reads else x
+
+
+def test_a_masked_weight_that_serves_elsewhere_too_stays_dense_there() -> None:
+    model, images = Reading(reads=False).eval(), torch.randn(2, 3, 4, 4)
+    fastprune.FilterPruner(model, 0.0, every=1000, include=["a"]).set_masks({"a": torch.tensor([1, 0, 1]).bool()})
+    torch.testing.assert_close(formats.without_masks(model)(images), model(images))
+    model = Reading(reads=True)
+    fastprune.FilterPruner(model, 0.5, every=1000, include=["a"])
+    with pytest.raises(ValueError, match=r"a is masked, and the forward also reads its weight by itself.*remove\(\)"):
+        formats.without_masks(model)

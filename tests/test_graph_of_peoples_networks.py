@@ -234,10 +234,38 @@ class Asking(nn.Module):
         return x * 2 if torch.is_tensor(x) else x
 
 
-def test_is_tensor_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"the forward asks torch.is_tensor, which torch.fx cannot answer"):
-        trace(nn.Sequential(Asking()))
+class AskingOfSizes(nn.Module):
+    """The same of a number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if isinstance(x.shape[2], int) else x
+
+
+@pytest.mark.parametrize(
+    ("asking", "message"),
+    [(Asking, r"the forward asks torch.is_tensor, which torch.fx cannot"), (AskingOfSizes, "for the type of a size")],
+)
+def test_types_that_no_proxy_can_tell_are_refused(asking: type[nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trace(nn.Sequential(asking()))
     assert "isinstance" not in globals()
+
+
+class Summing(nn.Module):
+    """Takes as many inputs as come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        return self.conv(images[0] + images[-1])
+
+
+def test_as_many_inputs_as_the_example_has() -> None:
+    model = Summing()
+    torch.testing.assert_close(trace(model, (IMAGES, 2 * IMAGES))(IMAGES, 2 * IMAGES), model(IMAGES, 2 * IMAGES))
+    torch.testing.assert_close(trace(model)(IMAGES), model(IMAGES))
 
 
 @pytest.mark.parametrize("change", [hooked, patched])

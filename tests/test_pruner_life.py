@@ -66,7 +66,7 @@ FAULTS: dict[str, tuple[Callable[[nn.Sequential], object], dict[str, Any], type[
         ValueError,
         "0 is torch.float32 on meta, 3 is torch.float32 on cpu",
     ),
-    "example": (lambda model: None, {"example_input": torch.zeros(1, 4, 8, 8)}, ValueError, "example_input"),
+    "example": (lambda model: None, {"example_input": torch.zeros(1, 4, 8, 8)}, ValueError, "on the example input"),
     "examples": (lambda model: None, {"example_input": (IMAGES, IMAGES)}, ValueError, "example_input has 2"),
     "importance raises": (lambda model: None, {"importance": raising}, ZeroDivisionError, "of the user's"),
     "importance of another shape": (

@@ -65,8 +65,8 @@ def test_only_what_can_be_removed_is_pruned() -> None:
     assert torch.equal(some[4:], pruner.masks()["free"])
     said = whys(pruner)
     assert said["whole"] == "left alone: its filters cannot be removed (read whole by norm)"
-    assert said["inside"] == "left alone: its filters cannot be removed (read whole by twice)"
-    assert said["twice"] == "left alone: its filters cannot be removed (called 2 times)"
+    assert said["inside"] == "left alone: its filters cannot be removed (twice serves more than once)"
+    assert said["twice"] == "left alone: its filters cannot be removed (twice serves more than once)"
     assert said["head"] == "left alone: its filters cannot be removed (writes the output)"
     assert said["unused"] == "left alone: its filters cannot be removed (not called)"
     assert said["some"].endswith("; 4 cannot be removed: read whole by norm")
