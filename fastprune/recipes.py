@@ -93,7 +93,7 @@ class Config:
     round_to: int = 1
     """Keep filters in multiples of this."""
     prune_every: int = 4
-    """Update the masks every so many iterations (in the recipe faithful, as published: of each epoch anew)."""
+    """Update the masks every N iterations (recipe faithful: counted from the start of each epoch, as published)."""
     prune_until: float = 226 / 300
     """Share of the epochs after which the masks stay."""
     feedback: Literal["normalized", "straight-through", "none"] = "normalized"
