@@ -29,7 +29,7 @@ _OPERATORS: dict[Any, Any] = {
 # They change what a tensor is, not what is in its memory: its views stay as they were.
 _METADATA = {
     *("resize_", "resize_as_", "set_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_"),
-    *("as_strided_", "rename_", "detach_", "requires_grad_", "swapdims_", "share_memory_"),
+    *("as_strided_", "rename_", "detach_", "share_memory_"),
 }
 _SPLITTING = ("chunk", "split", "unbind", "tensor_split", "split_with_sizes")
 # What may return its input, or a view of it. Of everything else in the lists of layer_kinds the result is fresh.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import operator
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
 from .inputs import positional
 from .nn import MaskedConv2d
@@ -165,6 +168,14 @@ def _switches() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), *((kind, torch.get_autocast_dtype(kind)) for kind in devices)
 
 
+def _is_checkpointed() -> bool:
+    """Whether activation checkpointing is at work, which switches gradients off and takes them later, all the same."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+        frame = frame.f_back
+    return frame is not None
+
+
 class Tracer(fx.Tracer):
     """Goes into every module but those of torch.nn and the few whose own forward asks for ``training``.
 
@@ -182,7 +193,7 @@ class Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuse what runs in another mode, which is no part of the graph."""
-        if _switches() != self.switches:
+        if _switches() != self.switches and not _is_checkpointed():
             raise ValueError(
                 "the forward switches autocast or gradients (torch.autocast, torch.no_grad), which would be lost: "
                 "switch them around the model's call, freeze layers by requires_grad_(False)"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 import fastprune
 from fastprune import compact
@@ -72,6 +73,11 @@ def for_nothing(m: Network, x: Tensor) -> Tensor:
     return plain(m, x)
 
 
+def checkpointed(m: Network, x: Tensor) -> Tensor:
+    h = checkpoint(m.a, (x * 1).requires_grad_(), use_reentrant=True)
+    return m.head(checkpoint(m.b, h, use_reentrant=False).mean((2, 3)))
+
+
 def doubled(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     return output * 2
 
@@ -103,6 +109,7 @@ FOLLOWED = {
     "plain": Network(plain),
     "asks for the type": Network(asks_for_type),
     "keeps features": Network(keeps_features),
+    "activation checkpointing": Network(checkpointed),
     "a computed view": Network(computed_view),
     "a view of the batch": Network(batch_view),
     "a hook of the model": hooked(Network(plain)),
